@@ -1,0 +1,135 @@
+"""The shapes of a LLaVA, as frozen numbers. Every reader of a file format ends here; nothing after it looks at a file.
+
+Sizes are (height, width). A derived number is a property, so that it has one home.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Size = tuple[int, int]
+"""(height, width) in pixels, unless a name says otherwise."""
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower: a CLIP ViT (Radford et al. 2021), read out at inner layers."""
+
+    image_px: int
+    patch_px: int
+    width: int
+    layers: int
+    heads: int
+    ffn_width: int
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    norm_eps: float = 1e-5
+    feature_layers: tuple[int, ...] = (-2,)
+    """Which hidden states are the features: 0 is the embedding, k the output of block k, negative counts from the end.
+    Several are joined along the channels (Transformers `vision_feature_layer`)."""
+    keep_class_token: bool = False
+    """True for the strategies `full` (Transformers) and `cls_patch` (the authors)."""
+
+    @property
+    def side(self) -> int:
+        """Patches along one edge: 336 // 14 = 24."""
+        return self.image_px // self.patch_px
+
+    @property
+    def patches(self) -> int:
+        return self.side**2
+
+    @property
+    def positions(self) -> int:
+        """Patches and the class token."""
+        return self.patches + 1
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def feature_width(self) -> int:
+        """Channels that enter the projector."""
+        return self.width * len(self.feature_layers)
+
+    @property
+    def blocks_needed(self) -> int:
+        """How many blocks must run: block 23 of 24 for feature layer -2."""
+        return max(layer if layer >= 0 else self.layers + 1 + layer for layer in self.feature_layers)
+
+    @property
+    def tile_tokens(self) -> int:
+        """Features of one tile, the class token included when it is kept."""
+        return self.patches + (1 if self.keep_class_token else 0)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The language model: Llama and whatever differs from it in numbers only."""
+
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    ffn_width: int
+    rope_theta: float = 1e4
+    norm_eps: float = 1e-5
+    max_positions: int = 4096
+    qkv_bias: bool = False
+    tied_embeddings: bool = False
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """`linear` is one layer; `mlpNx_gelu` is N layers with an exact GELU between them."""
+
+    layers: int = 2
+    bias: bool = True
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """How a picture becomes pixels, as the checkpoint's own files say.
+
+    mode `pad`: square with the mean colour, then resize (the authors' 1.5); `crop`: shortest edge, then centre crop
+    (Transformers' 1.5); `anyres`: tiles (1.6).
+    """
+
+    mode: Literal["pad", "crop", "anyres"]
+    resize_px: Size | int
+    """An int is the length of the shortest edge; a pair is the exact size."""
+    crop_px: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    rescale: float = 1 / 255
+    resample: int = 3
+    """Pillow's number: 3 is bicubic."""
+    pinpoints: tuple[Size, ...] = ()
+    """Canvases to choose from, (height, width), in the order of the file: the first wins a tie. The authors read each
+    pair of the same list as (width, height), so their reader turns the pairs round."""
+    rounds_unpad: bool = False
+    """Transformers rounds to 7 digits before it cuts; the authors do not."""
+
+
+@dataclass(frozen=True)
+class LlavaConfig:
+    """A whole model. `vision`, `projector` and `image` are None together: a text model, a LLaVA without eyes."""
+
+    text: TextConfig
+    vision: VisionConfig | None
+    projector: ProjectorConfig | None
+    image: ImageConfig | None
+    template: str
+    """A name that `prompt.TEMPLATES` knows."""
+    stop_ids: tuple[int, ...]
+    """End-of-sequence token ids."""
+    image_token_id: int | None = None
+    """The id that stands for one image feature in a prompt; None where the vocabulary has none, as in the authors'
+    folders."""
+    has_newline: bool = False
+    """1.6: a learned vector ends each row of the tile grid."""
+    family: str = "text"
+    """`llava-1.5`, `llava-1.6` or `text`: what `pumice show` prints."""

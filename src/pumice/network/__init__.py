@@ -1,0 +1,1 @@
+"""The networks: one definition for training, plain generation and the engine."""
