@@ -126,9 +126,9 @@ class LlavaConfig:
     """A name that `prompt.TEMPLATES` knows."""
     stop_ids: tuple[int, ...]
     """End-of-sequence token ids."""
-    image_token_id: int | None = None
-    """The id that stands for one image feature in a prompt; None where the vocabulary has none, as in the authors'
-    folders."""
+    image_token_id: int = -200
+    """The id that stands for one image feature in a prompt: a row of the vocabulary in Transformers' folders; in the
+    authors' folders the vocabulary has none and -200 stands outside it."""
     has_newline: bool = False
     """1.6: a learned vector ends each row of the tile grid."""
     family: str = "text"

@@ -1,1 +1,1 @@
-"""The networks: one definition for training, plain generation and the engine."""
+"""The networks, written once: training, plain generation and the engine all run these modules."""

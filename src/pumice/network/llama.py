@@ -1,0 +1,113 @@
+"""The language model: Llama, and Vicuna, Mistral, Yi and Qwen 1.5, which are the same function with other numbers.
+
+B rows · T new positions · S all positions so far · D width · H heads · K key/value heads · E width of a head
+Source: Touvron et al. 2023; semantics of Transformers' LlamaModel (modeling_llama.py). Module names are those of the
+published weights; rotary channels are in Transformers' half-split order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pumice import ops
+from pumice.config import TextConfig
+
+
+class KeysValues(Protocol):
+    """Where a forward pass puts its keys and values, and what the queries may look at."""
+
+    def extend(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new keys and values of a layer; return all of them, (B, K, S, E) each."""
+        ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass must know besides its inputs.
+
+    positions_BT: position of each new token in its own row. mask_BTS: True where a query may look; None means causal
+    over the T tokens of this pass. cache: None when nothing is kept (training, plain generation).
+    """
+
+    positions_BT: Tensor
+    mask_BTS: Tensor | None = None
+    cache: KeysValues | None = None
+
+
+class Norm(nn.Module):
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return ops.rms_norm(x_BTD, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_width = layer, config.head_width
+        inner, shared = config.heads * config.head_width, config.kv_heads * config.head_width
+        self.q_proj = nn.Linear(config.width, inner, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.width, shared, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.width, shared, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(inner, config.width, bias=False)
+
+    def forward(self, x_BTD: Tensor, turn: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+        q_BHTE = self._heads(self.q_proj(x_BTD))
+        k_BKTE = ops.rotate(self._heads(self.k_proj(x_BTD)), *turn)
+        v_BKTE = self._heads(self.v_proj(x_BTD))
+        q_BHTE = ops.rotate(q_BHTE, *turn)
+        if batch.cache is not None:
+            k_BKTE, v_BKTE = batch.cache.extend(self.layer, k_BKTE, v_BKTE)
+        mixed_BHTE = ops.attention(q_BHTE, k_BKTE, v_BKTE, batch.mask_BTS, causal=batch.mask_BTS is None)
+        return self.o_proj(mixed_BHTE.transpose(1, 2).flatten(2))
+
+    def _heads(self, x_BTX: Tensor) -> Tensor:
+        return x_BTX.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+
+
+class Mlp(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.width, config.ffn_width, bias=False)
+        self.up_proj = nn.Linear(config.width, config.ffn_width, bias=False)
+        self.down_proj = nn.Linear(config.ffn_width, config.width, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down_proj(ops.gated_mlp(self.gate_proj(x_BTD), self.up_proj(x_BTD)))
+
+
+class Block(nn.Module):
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = Mlp(config)
+        self.input_layernorm = Norm(config.width, config.norm_eps)
+        self.post_attention_layernorm = Norm(config.width, config.norm_eps)
+
+    def forward(self, x_BTD: Tensor, turn: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), turn, batch)
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab, config.width)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.norm = Norm(config.width, config.norm_eps)
+
+    def forward(self, x_BTD: Tensor, batch: Batch) -> Tensor:
+        """Hidden states after the final norm, (B, T, D), from embeddings of the same shape."""
+        cos_BTE, sin_BTE = ops.rotary(batch.positions_BT, self.config.head_width, self.config.rope_theta)
+        turn = (cos_BTE.to(x_BTD.dtype), sin_BTE.to(x_BTD.dtype))
+        for block in self.layers:
+            x_BTD = block(x_BTD, turn, batch)
+        return self.norm(x_BTD)

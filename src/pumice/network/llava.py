@@ -1,0 +1,118 @@
+"""LLaVA: a vision tower, a projector and a language model; features stand where the prompt has image tokens.
+
+N tiles · P tokens of a tile · R, C tile rows and columns · Y, X rows and columns of the feature map · D width of the
+language model · B rows of a batch · T positions
+Sources: Liu et al. 2023 (arXiv 2304.08485, 2310.03744); tile merge: LLaVA llava_arch.py, prepare_inputs_labels_for_multimodal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pumice.config import LlavaConfig, ProjectorConfig
+from pumice.image import Grid
+from pumice.network.clip import VisionTower
+from pumice.network.llama import Batch, LanguageModel
+
+
+class Projector(nn.Module):
+    """`linear_1 … linear_N` with an exact GELU between them."""
+
+    def __init__(self, config: ProjectorConfig, width_in: int, width_out: int) -> None:
+        super().__init__()
+        self.layers = config.layers
+        for index in range(1, config.layers + 1):
+            layer = nn.Linear(width_in if index == 1 else width_out, width_out, bias=config.bias)
+            self.add_module(f"linear_{index}", layer)
+
+    def forward(self, x_NPV: Tensor) -> Tensor:
+        x_NPD = self.get_submodule("linear_1")(x_NPV)
+        for index in range(2, self.layers + 1):
+            x_NPD = self.get_submodule(f"linear_{index}")(F.gelu(x_NPD))
+        return x_NPD
+
+
+class Llava(nn.Module):
+    """The whole network. Without eyes (`config.vision is None`) it is its language model."""
+
+    def __init__(self, config: LlavaConfig) -> None:
+        super().__init__()
+        self.config = config
+        if config.vision is not None and config.projector is not None:
+            self.vision_tower = VisionTower(config.vision)
+            self.multi_modal_projector = Projector(config.projector, config.vision.feature_width, config.text.width)
+        if config.has_newline:
+            self.image_newline = nn.Parameter(torch.empty(config.text.width))
+        self.language_model = LanguageModel(config.text)
+        if not config.text.tied_embeddings:
+            self.lm_head = nn.Linear(config.text.width, config.text.vocab, bias=False)
+
+    def encode(self, pixels_N3YX: Tensor, grids: Sequence[Grid]) -> list[Tensor]:
+        """Features of several images, (grid.tokens, D) each, from all their tiles in one pass.
+
+        pixels_N3YX: the tiles of the images one after the other, base view first; N = sum of `grid.tiles`.
+        """
+        tiles_NPD = self.multi_modal_projector(self.vision_tower(pixels_N3YX))
+        per_image = tiles_NPD.split([grid.tiles for grid in grids])
+        return [merge(tiles, grid, self.image_newline if grid.newline else None) for tiles, grid in zip(per_image, grids)]
+
+    def embed(self, ids_BT: Tensor, features: Sequence[Tensor]) -> Tensor:
+        """Text embeddings, (B, T, D), with the features of the images, in order, where the ids are the image token."""
+        is_image_BT = ids_BT == self.config.image_token_id
+        x_BTD: Tensor = self.language_model.embed_tokens(ids_BT.masked_fill(is_image_BT, 0))
+        given = sum(len(each) for each in features)
+        places = int(is_image_BT.sum())
+        assert places == given, f"the prompt has {places} image tokens, the images have {given} features"
+        if not features:
+            return x_BTD
+        rows_XD = torch.cat(list(features)).to(x_BTD.dtype)
+        return x_BTD.masked_scatter(is_image_BT[..., None], rows_XD)
+
+    def logits(self, hidden_D: Tensor) -> Tensor:
+        """Scores over the vocabulary, from hidden states of any leading shape."""
+        head = self.language_model.embed_tokens.weight if self.config.text.tied_embeddings else self.lm_head.weight
+        return F.linear(hidden_D, head)
+
+    def forward(self, x_BTD: Tensor, batch: Batch | None = None) -> Tensor:
+        """Hidden states, (B, T, D), from embeddings; without a batch: whole rows from position 0, nothing kept."""
+        if batch is None:
+            positions_BT = torch.arange(x_BTD.shape[1], device=x_BTD.device).expand(x_BTD.shape[0], -1)
+            batch = Batch(positions_BT)
+        hidden_BTD: Tensor = self.language_model(x_BTD, batch)
+        return hidden_BTD
+
+
+def merge(tiles_NPD: Tensor, grid: Grid, newline_D: Tensor | None) -> Tensor:
+    """One image's tile features as one sequence, (grid.tokens, D): the base view, then the map of the other tiles, cut
+    to the picture, with the newline vector at the end of each row (1.6; 1.5 has the base view alone)."""
+    base_PD = tiles_NPD[0]
+    if grid.tiles == 1:
+        merged_XD = base_PD
+    else:
+        side, width = grid.tile_side, tiles_NPD.shape[-1]
+        tiles_RCYXD = tiles_NPD[1:].view(grid.rows, grid.columns, side, side, width)
+        map_YXD = tiles_RCYXD.transpose(1, 2).reshape(grid.rows * side, grid.columns * side, width)
+        kept_YXD = map_YXD[grid.top : grid.top + grid.kept_rows, grid.left : grid.left + grid.kept_columns]
+        if newline_D is not None:
+            ends_Y1D = newline_D.to(kept_YXD.dtype).expand(grid.kept_rows, 1, width)
+            kept_YXD = torch.cat((kept_YXD, ends_Y1D), dim=1)
+        merged_XD = torch.cat((base_PD, kept_YXD.flatten(0, 1)))
+    assert len(merged_XD) == grid.tokens, f"{len(merged_XD)} features for a grid of {grid.tokens} tokens"
+    return merged_XD
+
+
+@torch.inference_mode()
+def generate(model: Llava, ids: Sequence[int], features: Sequence[Tensor], max_tokens: int) -> Iterator[int]:
+    """Greedy, one sequence, no cache: the whole row again for each token. Every faster loop must agree with it."""
+    row = list(ids)
+    for _ in range(max_tokens):
+        hidden_BTD = model(model.embed(torch.tensor([row]), features))
+        token = int(model.logits(hidden_BTD[0, -1]).argmax())
+        yield token
+        if token in model.config.stop_ids:
+            return
+        row.append(token)

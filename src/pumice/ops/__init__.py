@@ -1,0 +1,36 @@
+"""The operations of the networks, and which code runs each: the only place where hardware matters.
+
+`PUMICE_OPS=reference` runs the plain definitions everywhere, to tell a wrong kernel from a wrong network.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+from torch import Tensor
+
+from pumice.errors import UserError, nearest
+from pumice.ops import fused, reference
+from pumice.ops.reference import gated_mlp, quick_gelu, rms_norm, rotary, rotate
+
+__all__ = ["attention", "gated_mlp", "quick_gelu", "rms_norm", "rotary", "rotate"]
+
+BACKENDS = {"fused": fused, "reference": reference}
+
+
+@functools.cache
+def _backend_name() -> str:
+    name = os.environ.get("PUMICE_OPS", "fused")
+    if name not in BACKENDS:
+        raise UserError(f"PUMICE_OPS is {name!r}, which is no set of operations", hint=nearest(name, BACKENDS))
+    return name
+
+
+def attention(
+    q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask_BTS: Tensor | None = None, *, causal: bool = False
+) -> Tensor:
+    """Softmax attention with grouped key/value heads: see `reference.attention`."""
+    if _backend_name() == "reference":
+        return reference.attention(q_BHTE, k_BKSE, v_BKSE, mask_BTS, causal)
+    return fused.attention(q_BHTE, k_BKSE, v_BKSE, mask_BTS, causal)

@@ -1,0 +1,63 @@
+"""Every operation of the networks in plain PyTorch: the definition. A faster form must agree with it.
+
+B rows · T query positions · S key positions · D width · H heads · K key/value heads · E width of a head
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last axis (Zhang & Sennrich 2019), as Transformers' LlamaRMSNorm rounds it: in
+    float32, back to the input's type, then times the weight."""
+    x32_D = x_D.float()
+    scaled_D = x32_D * torch.rsqrt(x32_D.pow(2).mean(-1, keepdim=True) + eps)
+    return weight_D * scaled_D.to(x_D.dtype)
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x · sigmoid(1.702 x): the activation of OpenAI's CLIP."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def rotary(positions_BT: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary embedding (Su et al. 2021), float32, shape (B, T, head_width).
+
+    Half-split order, as in Transformers: the angle of channel i equals that of channel i + head_width/2.
+    """
+    exponent = torch.arange(0, head_width, 2, dtype=torch.int64, device=positions_BT.device).float() / head_width
+    frequency = 1.0 / theta**exponent
+    angle = positions_BT[..., None].float() * frequency
+    angle = torch.cat((angle, angle), dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_BHTE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
+    """Turn queries or keys by their positions: the pair (i, i + E/2) rotates together."""
+    first, second = x_BHTE.chunk(2, dim=-1)
+    return x_BHTE * cos_BTE[:, None] + torch.cat((-second, first), dim=-1) * sin_BTE[:, None]
+
+
+def attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask_BTS: Tensor | None, causal: bool) -> Tensor:
+    """Softmax attention, scaled by 1/sqrt(E), softmax in float32. Result: (B, H, T, E).
+
+    `mask_BTS` is True where a query may look; `causal` is the lower triangle for T == S and excludes a mask.
+    Query head h reads key/value head h // (H / K) (grouped-query attention, Ainslie et al. 2023).
+    """
+    group = q_BHTE.shape[1] // k_BKSE.shape[1]
+    k_BHSE, v_BHSE = k_BKSE.repeat_interleave(group, dim=1), v_BKSE.repeat_interleave(group, dim=1)
+    scores_BHTS = q_BHTE @ k_BHSE.transpose(-1, -2) * q_BHTE.shape[-1] ** -0.5
+    if causal:
+        tokens, keys = scores_BHTS.shape[-2:]
+        allowed_TS = torch.ones(tokens, keys, dtype=torch.bool, device=q_BHTE.device).tril()
+        scores_BHTS = scores_BHTS.masked_fill(~allowed_TS, float("-inf"))
+    elif mask_BTS is not None:
+        scores_BHTS = scores_BHTS.masked_fill(~mask_BTS[:, None], float("-inf"))
+    return scores_BHTS.softmax(-1, dtype=torch.float32).to(v_BKSE.dtype) @ v_BHSE
+
+
+def gated_mlp(gate: Tensor, up: Tensor) -> Tensor:
+    """SwiGLU's middle: silu(gate) · up (Shazeer 2020)."""
+    return torch.nn.functional.silu(gate) * up

@@ -1,0 +1,18 @@
+"""What every test may use: the reference results, when they are at hand, and a small known picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+REFERENCE = HERE.parent.parent / "shared"
+
+
+def reference(name: str) -> Path:
+    """A file or folder of the reference results beside the repository; the test is skipped where there is none."""
+    path = REFERENCE / name
+    if not path.exists():
+        pytest.skip(f"the reference results are not here: {path}")
+    return path
