@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from pumice import ops
 from pumice.config import TextConfig
+from pumice.network.layers import Linear, RmsNorm
 
 
 class KeysValues(Protocol):
@@ -29,23 +29,15 @@ class KeysValues(Protocol):
 class Batch:
     """What one forward pass must know besides its inputs.
 
-    positions_BT: position of each new token in its own row. mask_BTS: True where a query may look; None means causal
-    over the T tokens of this pass. cache: None when nothing is kept (training, plain generation).
+    positions_BT: position of each new token in its own row. mask_BTS: True where a query may look; without one a
+    query sees the tokens before it in this pass (`causal`) or everything. cache: None when nothing is kept (training,
+    plain generation).
     """
 
     positions_BT: Tensor
     mask_BTS: Tensor | None = None
+    causal: bool = True
     cache: KeysValues | None = None
-
-
-class Norm(nn.Module):
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return ops.rms_norm(x_BTD, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -53,10 +45,10 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_width = layer, config.head_width
         inner, shared = config.heads * config.head_width, config.kv_heads * config.head_width
-        self.q_proj = nn.Linear(config.width, inner, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.width, shared, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.width, shared, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(inner, config.width, bias=False)
+        self.q_proj = Linear(config.width, inner, bias=config.qkv_bias)
+        self.k_proj = Linear(config.width, shared, bias=config.qkv_bias)
+        self.v_proj = Linear(config.width, shared, bias=config.qkv_bias)
+        self.o_proj = Linear(inner, config.width, bias=False)
 
     def forward(self, x_BTD: Tensor, turn: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
         q_BHTE = self._heads(self.q_proj(x_BTD))
@@ -65,7 +57,7 @@ class Attention(nn.Module):
         q_BHTE = ops.rotate(q_BHTE, *turn)
         if batch.cache is not None:
             k_BKTE, v_BKTE = batch.cache.extend(self.layer, k_BKTE, v_BKTE)
-        mixed_BHTE = ops.attention(q_BHTE, k_BKTE, v_BKTE, batch.mask_BTS, causal=batch.mask_BTS is None)
+        mixed_BHTE = ops.attention(q_BHTE, k_BKTE, v_BKTE, batch.mask_BTS, causal=batch.causal)
         return self.o_proj(mixed_BHTE.transpose(1, 2).flatten(2))
 
     def _heads(self, x_BTX: Tensor) -> Tensor:
@@ -75,9 +67,9 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.width, config.ffn_width, bias=False)
-        self.up_proj = nn.Linear(config.width, config.ffn_width, bias=False)
-        self.down_proj = nn.Linear(config.ffn_width, config.width, bias=False)
+        self.gate_proj = Linear(config.width, config.ffn_width, bias=False)
+        self.up_proj = Linear(config.width, config.ffn_width, bias=False)
+        self.down_proj = Linear(config.ffn_width, config.width, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.down_proj(ops.gated_mlp(self.gate_proj(x_BTD), self.up_proj(x_BTD)))
@@ -88,8 +80,8 @@ class Block(nn.Module):
         super().__init__()
         self.self_attn = Attention(config, layer)
         self.mlp = Mlp(config)
-        self.input_layernorm = Norm(config.width, config.norm_eps)
-        self.post_attention_layernorm = Norm(config.width, config.norm_eps)
+        self.input_layernorm = RmsNorm(config.width, config.norm_eps)
+        self.post_attention_layernorm = RmsNorm(config.width, config.norm_eps)
 
     def forward(self, x_BTD: Tensor, turn: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), turn, batch)
@@ -102,7 +94,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab, config.width)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
-        self.norm = Norm(config.width, config.norm_eps)
+        self.norm = RmsNorm(config.width, config.norm_eps)
 
     def forward(self, x_BTD: Tensor, batch: Batch) -> Tensor:
         """Hidden states after the final norm, (B, T, D), from embeddings of the same shape."""

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pumice import ops
 from pumice.config import LlavaConfig, ProjectorConfig
 from pumice.image import Grid
 from pumice.network.clip import VisionTower
+from pumice.network.layers import Linear
 from pumice.network.llama import Batch, LanguageModel
 
 
@@ -26,7 +28,7 @@ class Projector(nn.Module):
         super().__init__()
         self.layers = config.layers
         for index in range(1, config.layers + 1):
-            layer = nn.Linear(width_in if index == 1 else width_out, width_out, bias=config.bias)
+            layer = Linear(width_in if index == 1 else width_out, width_out, bias=config.bias)
             self.add_module(f"linear_{index}", layer)
 
     def forward(self, x_NPV: Tensor) -> Tensor:
@@ -49,7 +51,7 @@ class Llava(nn.Module):
             self.image_newline = nn.Parameter(torch.empty(config.text.width))
         self.language_model = LanguageModel(config.text)
         if not config.text.tied_embeddings:
-            self.lm_head = nn.Linear(config.text.width, config.text.vocab, bias=False)
+            self.lm_head = Linear(config.text.width, config.text.vocab, bias=False)
 
     def encode(self, pixels_N3YX: Tensor, grids: Sequence[Grid]) -> list[Tensor]:
         """Features of several images, (grid.tokens, D) each, from all their tiles in one pass.
@@ -75,7 +77,7 @@ class Llava(nn.Module):
     def logits(self, hidden_D: Tensor) -> Tensor:
         """Scores over the vocabulary, from hidden states of any leading shape."""
         head = self.language_model.embed_tokens.weight if self.config.text.tied_embeddings else self.lm_head.weight
-        return F.linear(hidden_D, head)
+        return ops.linear(hidden_D, head, None)
 
     def forward(self, x_BTD: Tensor, batch: Batch | None = None) -> Tensor:
         """Hidden states, (B, T, D), from embeddings; without a batch: whole rows from position 0, nothing kept."""

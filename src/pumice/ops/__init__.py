@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+from types import ModuleType
 
 from torch import Tensor
 
@@ -14,23 +15,26 @@ from pumice.errors import UserError, nearest
 from pumice.ops import fused, reference
 from pumice.ops.reference import gated_mlp, quick_gelu, rms_norm, rotary, rotate
 
-__all__ = ["attention", "gated_mlp", "quick_gelu", "rms_norm", "rotary", "rotate"]
+__all__ = ["attention", "gated_mlp", "linear", "quick_gelu", "rms_norm", "rotary", "rotate"]
 
 BACKENDS = {"fused": fused, "reference": reference}
 
 
 @functools.cache
-def _backend_name() -> str:
+def _backend() -> ModuleType:
     name = os.environ.get("PUMICE_OPS", "fused")
     if name not in BACKENDS:
         raise UserError(f"PUMICE_OPS is {name!r}, which is no set of operations", hint=nearest(name, BACKENDS))
-    return name
+    return BACKENDS[name]
+
+
+def linear(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
+    """x Wᵀ + b: see `reference.linear`."""
+    return _backend().linear(x_TD, weight_FD, bias_F)
 
 
 def attention(
     q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask_BTS: Tensor | None = None, *, causal: bool = False
 ) -> Tensor:
     """Softmax attention with grouped key/value heads: see `reference.attention`."""
-    if _backend_name() == "reference":
-        return reference.attention(q_BHTE, k_BKSE, v_BKSE, mask_BTS, causal)
-    return fused.attention(q_BHTE, k_BKSE, v_BKSE, mask_BTS, causal)
+    return _backend().attention(q_BHTE, k_BKSE, v_BKSE, mask_BTS, causal)

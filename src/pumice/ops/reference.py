@@ -1,12 +1,18 @@
 """Every operation of the networks in plain PyTorch: the definition. A faster form must agree with it.
 
-B rows · T query positions · S key positions · D width · H heads · K key/value heads · E width of a head
+B rows · T query positions · S key positions · D, F widths · H heads · K key/value heads · E width of a head
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def linear(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
+    """x Wᵀ + b over the last axis."""
+    product_TF = x_TD @ weight_FD.T
+    return product_TF if bias_F is None else product_TF + bias_F
 
 
 def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:

@@ -1,0 +1,25 @@
+"""Layers that both transformers share: PyTorch's modules, computed by `ops`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pumice import ops
+
+
+class Linear(nn.Linear):
+    """y = x Wᵀ + b, run by whatever the hardware does best."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.linear(input, self.weight, self.bias)
+
+
+class RmsNorm(nn.Module):
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x_D: Tensor) -> Tensor:
+        return ops.rms_norm(x_D, self.weight, self.eps)
