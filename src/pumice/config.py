@@ -5,8 +5,8 @@ Sizes are (height, width). A derived number is a property, so that it has one ho
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 Size = tuple[int, int]
 """(height, width) in pixels, unless a name says otherwise."""
@@ -112,6 +112,16 @@ class ImageConfig:
     pair of the same list as (width, height), so their reader turns the pairs round."""
     rounds_unpad: bool = False
     """Transformers rounds to 7 digits before it cuts; the authors do not."""
+
+    def under(self, rule: Literal["hf", "original"]) -> Self:
+        """The same tower's preprocessing by Transformers' rules or by the authors': crop or pad for 1.5; for 1.6 the
+        reading of the pinpoints, whose pairs the two take in opposite order, and the rounding."""
+        if self.mode != "anyres":
+            return replace(self, mode="crop" if rule == "hf" else "pad")
+        if self.rounds_unpad == (rule == "hf"):
+            return self
+        turned = tuple((width, height) for height, width in self.pinpoints)
+        return replace(self, pinpoints=turned, rounds_unpad=rule == "hf")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,22 @@
+"""LLaVA, whole: ask an image a question. The names below are the public ones; they load when they are first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pumice.engine.sampling import Sampling
+    from pumice.errors import UserError
+    from pumice.model import Answer, Chat, Exchange, Model, Question, load
+
+__all__ = ["Answer", "Chat", "Exchange", "Model", "Question", "Sampling", "UserError", "load"]
+
+_HOMES = {"Sampling": "pumice.engine.sampling", "UserError": "pumice.errors"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `import pumice` and `pumice --help` do not load torch."""
+    if name not in __all__:
+        raise AttributeError(f"module 'pumice' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES.get(name, "pumice.model")), name)

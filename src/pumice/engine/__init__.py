@@ -1,0 +1,172 @@
+"""From prompts to tokens with keys and values kept: a prefill for each row, then one step a token for all rows.
+
+B rows · T new positions · S positions so far · K key/value heads · E width of a head · V vocabulary
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pumice.engine.sampling import Sampler, Sampling
+from pumice.network.llama import Batch
+from pumice.network.llava import Llava
+
+__all__ = ["Request", "Run", "Sampling", "Step"]
+
+GROW_POSITIONS = 256
+"""Room is added in blocks, so that a high limit on new tokens costs no memory before they come."""
+
+Reason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One row: the prompt's ids with image tokens expanded, the features that stand there, how to draw."""
+
+    ids: list[int]
+    features: list[Tensor]
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class Step:
+    """One new token of the request `row`. `reason` comes with the row's last token; `seconds` is the time of the pass
+    that made it, which a decode step shares among its rows."""
+
+    row: int
+    token: int
+    reason: Reason | None
+    seconds: float
+    prefill: bool
+
+
+@dataclass
+class _Row:
+    index: int
+    request: Request
+    sampler: Sampler
+    next_token: int = -1
+    new_tokens: int = 0
+    ended: bool = False
+
+    @property
+    def length(self) -> int:
+        """Positions in the cache: the prompt, and each new token but the last."""
+        return len(self.request.ids) + max(0, self.new_tokens - 1)
+
+
+class RowCache:
+    """Keys and values of several rows, left-aligned, each row of its own length; `network.llama.KeysValues`."""
+
+    def __init__(self, model: Llava, rows: int) -> None:
+        like, config = model.language_model.embed_tokens.weight, model.config.text
+        empty_BKSE = like.new_empty(rows, config.kv_heads, 0, config.head_width)
+        self.keys, self.values = [empty_BKSE] * config.layers, [empty_BKSE] * config.layers
+        self._rows = slice(0)
+        self._positions_BT = torch.empty(0, 0, dtype=torch.long)
+        self._length = 0
+
+    def aim(self, rows: slice, positions_BT: Tensor, length: int) -> None:
+        """The next pass writes the positions of these rows and reads the first `length` positions."""
+        self._rows, self._positions_BT, self._length = rows, positions_BT, length
+        if length > self.keys[0].shape[2]:
+            room = -(-length // GROW_POSITIONS) * GROW_POSITIONS
+            self.keys = [_widened(each, room) for each in self.keys]
+            self.values = [_widened(each, room) for each in self.values]
+
+    def extend(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
+        k_BKSE, v_BKSE = self.keys[layer][self._rows], self.values[layer][self._rows]
+        every_B1 = torch.arange(len(k_BKSE), device=k_BKSE.device)[:, None]
+        k_BKSE[every_B1, :, self._positions_BT] = k_BKTE.transpose(1, 2)
+        v_BKSE[every_B1, :, self._positions_BT] = v_BKTE.transpose(1, 2)
+        return k_BKSE[:, :, : self._length], v_BKSE[:, :, : self._length]
+
+    def keep(self, places: list[int]) -> None:
+        """Drop all other rows; the kept ones close up."""
+        self.keys = [each[places] for each in self.keys]
+        self.values = [each[places] for each in self.values]
+
+
+def _widened(cached_BKSE: Tensor, room: int) -> Tensor:
+    rows, heads, length, width = cached_BKSE.shape
+    wider_BKSE = cached_BKSE.new_zeros(rows, heads, room, width)
+    wider_BKSE[:, :, :length] = cached_BKSE
+    return wider_BKSE
+
+
+class Run:
+    """Several requests answered together; each gets the tokens that it would get alone.
+
+    A row ends with an end token (reason `stop`), or at its `max_tokens` or the model's last position (`length`).
+    """
+
+    def __init__(self, model: Llava, requests: Sequence[Request]) -> None:
+        self._model = model
+        self._device = model.language_model.embed_tokens.weight.device
+        self._cache = RowCache(model, len(requests))
+        self._rows = [
+            _Row(index, request, Sampler(request.sampling, request.ids)) for index, request in enumerate(requests)
+        ]
+
+    @torch.inference_mode()
+    def step(self) -> list[Step]:
+        """One pass: the prefill of the next waiting row, or one more token for every row. Empty when all have ended."""
+        started = time.perf_counter()
+        for place, row in enumerate(self._rows):
+            if row.new_tokens == 0 and not row.ended:
+                return [self._advance(row, self._prefill(place, row), started, prefill=True)]
+        self._retire()
+        if not self._rows:
+            return []
+        logits_BV = self._decode()
+        return [self._advance(row, logits_V, started, prefill=False) for row, logits_V in zip(self._rows, logits_BV)]
+
+    def cancel(self, index: int) -> None:
+        """No more tokens for this request, as when a stop text has come."""
+        for row in self._rows:
+            if row.index == index:
+                row.ended = True
+
+    def _retire(self) -> None:
+        alive = [place for place, row in enumerate(self._rows) if not row.ended]
+        if len(alive) < len(self._rows):
+            self._cache.keep(alive)
+            self._rows = [self._rows[place] for place in alive]
+
+    def _prefill(self, place: int, row: _Row) -> Tensor:
+        ids_1T = torch.tensor([row.request.ids], device=self._device)
+        positions_1T = torch.arange(ids_1T.shape[1], device=self._device)[None]
+        self._cache.aim(slice(place, place + 1), positions_1T, ids_1T.shape[1])
+        embedded_1TD = self._model.embed(ids_1T, row.request.features)
+        hidden_1TD = self._model(embedded_1TD, Batch(positions_1T, cache=self._cache))
+        return self._model.logits(hidden_1TD[0, -1])
+
+    def _decode(self) -> Tensor:
+        lengths = [row.length for row in self._rows]
+        ids_B1 = torch.tensor([[row.next_token] for row in self._rows], device=self._device)
+        positions_B1 = torch.tensor(lengths, device=self._device)[:, None]
+        longest = max(lengths) + 1
+        self._cache.aim(slice(None), positions_B1, longest)
+        mask_B1S = None
+        if min(lengths) != max(lengths):
+            mask_B1S = torch.arange(longest, device=self._device) <= positions_B1[..., None]
+        batch = Batch(positions_B1, mask_B1S, causal=False, cache=self._cache)
+        hidden_B1D = self._model(self._model.language_model.embed_tokens(ids_B1), batch)
+        return self._model.logits(hidden_B1D[:, 0])
+
+    def _advance(self, row: _Row, logits_V: Tensor, started: float, *, prefill: bool) -> Step:
+        row.next_token = row.sampler.draw(logits_V)
+        row.new_tokens += 1
+        reason: Reason | None = None
+        if row.next_token in self._model.config.stop_ids:
+            reason = "stop"
+        elif row.new_tokens >= row.request.sampling.max_tokens or row.length >= self._model.config.text.max_positions:
+            reason = "length"
+        row.ended = reason is not None
+        return Step(row.index, row.next_token, reason, time.perf_counter() - started, prefill)

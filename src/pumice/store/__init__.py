@@ -1,0 +1,35 @@
+"""Names to files. So far: folders on this disk, and the bundled pebble."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pumice.errors import UserError, nearest
+
+BUNDLED = {"pebble": "pebble-1.6", "pebble:1.6": "pebble-1.6", "pebble:1.5": "pebble-1.5"}
+"""Names of the models inside the package, and their folders."""
+
+
+def resolve(name: str | Path) -> Path:
+    """The folder of a model, from its name or path. A folder of that name wins over a bundled model.
+
+    Raises UserError, with the nearest names, where there is neither.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if str(name) in BUNDLED:
+        return Path(__file__).resolve().parent.parent / "pebble" / BUNDLED[str(name)]
+    if path.exists():
+        raise UserError(
+            f"{path} is a file; pumice loads folders in Hugging Face's or the LLaVA authors' format",
+            hint="give the folder that holds config.json and the weights",
+        )
+    raise UserError(f"there is no model named {str(name)!r} here", hint=nearest(str(name), _names_near(path)))
+
+
+def _names_near(path: Path) -> list[str]:
+    """Bundled names, and folders beside the missing path that look like checkpoints."""
+    parent = path.parent
+    folders = [str(each.parent) for each in parent.glob("*/config.json")] if parent.is_dir() else []
+    return [*BUNDLED, *folders]
