@@ -1,0 +1,269 @@
+"""Writing Hugging Face folders that Transformers 4 and 5 load: the key names of the published repositories."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pumice import prompt
+from pumice.checkpoints.form import expected_tensors
+from pumice.checkpoints.sidefiles import TEMPLATE_KEY, chat_template
+from pumice.checkpoints.tensors import listed
+from pumice.config import ImageConfig, LlavaConfig, TextConfig, VisionConfig
+from pumice.errors import UserError
+from pumice.tokenizer import Tokenizer
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+_DTYPE_NAMES = {
+    torch.float64: "float64",
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+
+
+def write_hf(
+    folder: Path,
+    config: LlavaConfig,
+    state: Mapping[str, Tensor],
+    *,
+    tokenizer_files: Path,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 2**30,
+) -> None:
+    """Write a checkpoint as a new folder, which appears whole or not at all.
+
+    state: the tensors of `expected_tensors(config)`. tokenizer_files: a folder whose tokenizer is copied. dtype: what
+    the weights are cast to; None keeps theirs. A shard is as large as max_shard_bytes, or as its one tensor.
+
+    Raises UserError: the folder is there already and not empty; the state does not fit the config; a config that
+    Transformers' classes cannot express (a projector of another depth, the authors' image rules, no <image> token).
+    """
+    _check_expressible(config, tokenizer_files)
+    expected = expected_tensors(config)
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    wrong = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
+    if wrong:
+        raise UserError(
+            f"the weights do not fit the config: {listed(wrong)} is missing, extra or of another shape",
+            hint="write a model with the config that it was made from",
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there already", hint="name a new folder, or remove that one")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        stored = _write_weights(partial, state, dtype, max_shard_bytes)
+        for name, content in _descriptions(config, _DTYPE_NAMES[stored]).items():
+            (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        _copy_tokenizer(partial, tokenizer_files, config.template)
+        partial.chmod(0o755)  # mkdtemp made it private
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_expressible(config: LlavaConfig, tokenizer_files: Path) -> None:
+    if config.vision is None or config.projector is None or config.image is None:
+        return
+    if config.projector.layers != 2:
+        raise UserError(
+            f"the projector has {config.projector.layers} layers; Transformers' LLaVA has 2",
+            hint="keep this model in the authors' format",
+        )
+    if config.image.mode == "anyres" and not (config.image.rounds_unpad and config.has_newline):
+        raise UserError(
+            "the model prepares images by the LLaVA authors' rules, which a Hugging Face folder cannot say",
+            hint="""write it with image=config.image.under("hf") and check its answers""",
+        )
+    if config.family == "llava-1.6" and config.vision.keep_class_token:
+        raise UserError("LLaVA 1.6 in Transformers has no class token among its features", hint="write it as LLaVA 1.5")
+    found = Tokenizer.from_folder(tokenizer_files).id_of("<image>")
+    if found != config.image_token_id or found is None:
+        raise UserError(
+            f"<image> is token {config.image_token_id} to the model and {found} to the tokenizer in {tokenizer_files}",
+            hint="Transformers needs it in the vocabulary; add the token and a row of the embedding first",
+        )
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def hub_key(name: str, *, eyes: bool) -> str:
+    """The published key of one of pumice's names; a language model alone has the keys of LlamaForCausalLM."""
+    if not eyes:
+        return name if name.startswith("lm_head.") else f"model.{name.removeprefix('language_model.')}"
+    if name.startswith("lm_head."):
+        return f"language_model.{name}"
+    for stem, inner in (("language_model.", "model."), ("vision_tower.", "vision_model.")):
+        if name.startswith(stem):
+            return stem + inner + name.removeprefix(stem)
+    return name
+
+
+def _write_weights(folder: Path, state: Mapping[str, Tensor], dtype: torch.dtype | None, max_bytes: int) -> torch.dtype:
+    """The shards, and an index when there are several. Returns the type of the largest part."""
+    eyes = any(name.startswith("vision_tower.") for name in state)
+    shards = list(_shards(state, dtype, max_bytes))
+    weight_map: dict[str, str] = {}
+    total = 0
+    sizes: dict[torch.dtype, int] = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        # One shard at a time in memory; the CPU because the writer reads bytes.
+        tensors = {hub_key(name, eyes=eyes): state[name].detach().to("cpu", dtype).contiguous() for name in names}
+        save_file(tensors, str(folder / file), metadata={"format": "pt"})
+        for key, tensor in tensors.items():
+            weight_map[key] = file
+            total += tensor.nbytes
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return max(sizes, key=lambda each: sizes[each])
+
+
+def _shards(state: Mapping[str, Tensor], dtype: torch.dtype | None, max_bytes: int) -> Iterator[list[str]]:
+    names: list[str] = []
+    filled = 0
+    for name in state:
+        tensor = state[name]
+        size = math.prod(tensor.shape) * (dtype or tensor.dtype).itemsize
+        if names and filled + size > max_bytes:
+            yield names
+            names, filled = [], 0
+        names.append(name)
+        filled += size
+    yield names
+
+
+# --- the files beside them --------------------------------------------------------------------------------------------
+
+
+def _descriptions(config: LlavaConfig, dtype: str) -> dict[str, dict[str, object]]:
+    """File names and their content."""
+    files: dict[str, dict[str, object]] = {"generation_config.json": {"eos_token_id": _one_or_many(config.stop_ids)}}
+    text = _text(config.text, config.template) | {"torch_dtype": dtype}
+    common: dict[str, object] = {"torch_dtype": dtype, TEMPLATE_KEY: config.template}
+    if config.vision is None or config.image is None or config.projector is None:
+        return files | {"config.json": text | common}
+    tiles = config.image.mode == "anyres"
+    model: dict[str, object] = {
+        "model_type": "llava_next" if tiles else "llava",
+        "architectures": ["LlavaNextForConditionalGeneration" if tiles else "LlavaForConditionalGeneration"],
+        "text_config": text,
+        "vision_config": _vision(config.vision),
+        "image_token_index": config.image_token_id,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": config.projector.bias,
+        "vision_feature_layer": _one_or_many(config.vision.feature_layers),
+        "vision_feature_select_strategy": "full" if config.vision.keep_class_token else "default",
+        "image_seq_length": config.vision.tile_tokens,
+        "tie_word_embeddings": config.text.tied_embeddings,
+    }
+    if tiles:
+        model |= {"image_grid_pinpoints": _pairs(config.image), "use_image_newline_parameter": True}
+    processor = "LlavaNextProcessor" if tiles else "LlavaProcessor"
+    files["config.json"] = model | common
+    files["preprocessor_config.json"] = _preprocessor(config.image) | {"processor_class": processor}
+    files["processor_config.json"] = {
+        "processor_class": processor,
+        "image_token": "<image>",
+        "patch_size": config.vision.patch_px,
+        "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": model["vision_feature_select_strategy"],
+    }
+    return files
+
+
+def _text(text: TextConfig, template: str) -> dict[str, object]:
+    """Llama and Mistral without a window are one function; the name matters to readers that know prompts by it."""
+    kind, head = ("mistral", "Mistral") if prompt.TEMPLATES[template].name == "mistral_instruct" else ("llama", "Llama")
+    if text.qkv_bias:
+        kind, head = "qwen2", "Qwen2"
+    values: dict[str, object] = {
+        "model_type": kind,
+        "architectures": [f"{head}ForCausalLM"],
+        "vocab_size": text.vocab,
+        "hidden_size": text.width,
+        "intermediate_size": text.ffn_width,
+        "num_hidden_layers": text.layers,
+        "num_attention_heads": text.heads,
+        "num_key_value_heads": text.kv_heads,
+        "head_dim": text.head_width,
+        "hidden_act": "silu",
+        "rms_norm_eps": text.norm_eps,
+        "rope_theta": text.rope_theta,
+        "max_position_embeddings": text.max_positions,
+        "tie_word_embeddings": text.tied_embeddings,
+    }
+    return values | ({"sliding_window": None} if kind == "mistral" else {})
+
+
+def _vision(vision: VisionConfig) -> dict[str, object]:
+    return {
+        "model_type": "clip_vision_model",
+        "hidden_size": vision.width,
+        "intermediate_size": vision.ffn_width,
+        "num_hidden_layers": vision.layers,
+        "num_attention_heads": vision.heads,
+        "image_size": vision.image_px,
+        "patch_size": vision.patch_px,
+        "hidden_act": vision.activation,
+        "layer_norm_eps": vision.norm_eps,
+        "projection_dim": vision.width,
+    }
+
+
+def _preprocessor(image: ImageConfig) -> dict[str, object]:
+    kinds = {"crop": "CLIPImageProcessor", "pad": "LlavaImageProcessor", "anyres": "LlavaNextImageProcessor"}
+    size = image.resize_px
+    values: dict[str, object] = {
+        "image_processor_type": kinds[image.mode],
+        "size": {"shortest_edge": size} if isinstance(size, int) else {"height": size[0], "width": size[1]},
+        "crop_size": {"height": image.crop_px, "width": image.crop_px},
+        "image_mean": list(image.mean),
+        "image_std": list(image.std),
+        "rescale_factor": image.rescale,
+        "resample": image.resample,
+    }
+    values |= {f"do_{step}": True for step in ("resize", "center_crop", "rescale", "normalize", "convert_rgb")}
+    if image.mode != "crop":
+        values["do_pad"] = True
+    return values | ({"image_grid_pinpoints": _pairs(image)} if image.mode == "anyres" else {})
+
+
+def _pairs(image: ImageConfig) -> list[list[int]]:
+    return [list(pair) for pair in image.pinpoints]
+
+
+def _one_or_many(values: tuple[int, ...]) -> int | list[int]:
+    return values[0] if len(values) == 1 else list(values)
+
+
+def _copy_tokenizer(folder: Path, tokenizer_files: Path, template: str) -> None:
+    """The tokenizer, and the chat template beside it when it is the one that the model was made for."""
+    for name in TOKENIZER_FILES:
+        if (tokenizer_files / name).is_file():
+            shutil.copyfile(tokenizer_files / name, folder / name)
+    text = chat_template(tokenizer_files)
+    if text is not None and prompt.template_for(text) == template:
+        content = json.dumps({"chat_template": text}, indent=2) + "\n"
+        (folder / "chat_template.json").write_text(content, encoding="utf-8")
