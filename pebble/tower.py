@@ -1,0 +1,104 @@
+"""Step 1: the vision tower alone learns to say what each patch shows.
+
+    python pebble/tower.py --output runs/pebble/tower.pt [--steps 3000] [--threads 2]
+
+A CLIP tower comes to LLaVA already seeing; pebble's learns it here, from the labels that drawing gives for nothing.
+Muon for the matrices (Jordan et al. 2024), AdamW for the rest. Resumes from its own last state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from draw import CLASSES, LETTERS, patches, scene
+from muon import Muon
+from shape import MEAN, PATCH_PX, STD, TILE_PX, VISION
+from torch import Tensor, nn
+
+from pumice.network.clip import VisionTower
+
+BATCH, RATE, MUON_RATE = 64, 1e-3, 2e-3
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    """Pixels (BATCH, 3, px, px) and a class for each patch, (BATCH, patches)."""
+    drawn = [patches(scene(step * BATCH + row), TILE_PX, PATCH_PX) for row in range(BATCH)]
+    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture, _ in drawn])).permute(0, 3, 1, 2).float() / 255
+    pixels = (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    return pixels, torch.tensor([labels for _, labels in drawn])
+
+
+def initialised(tower: VisionTower) -> VisionTower:
+    """Small random weights; layer norms start as they are."""
+    for weight in tower.parameters():
+        if weight.dim() > 1:
+            nn.init.trunc_normal_(weight, std=0.02)
+    nn.init.zeros_(tower.embeddings.class_embedding)
+    return tower
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--threads", type=int, default=2)
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    torch.manual_seed(1)
+    tower, head = initialised(VisionTower(VISION)), nn.Sequential(nn.LayerNorm(VISION.width), nn.Linear(VISION.width, CLASSES))
+    used = [weight for name, weight in tower.named_parameters() if f"layers.{VISION.layers - 1}." not in name and "post_" not in name]
+    matrices = [weight for weight in used if weight.dim() == 2]
+    rest = [weight for weight in used if weight.dim() != 2] + list(head.parameters())
+    optimisers = [
+        Muon(matrices, lr=MUON_RATE),
+        torch.optim.AdamW(rest, lr=RATE, weight_decay=0.01),
+    ]
+    # Letters are what learns slowly, bare ground what needs no learning.
+    weights = torch.ones(CLASSES)
+    weights[0], weights[-len(LETTERS) :] = 0.3, 3.0
+    step = 0
+    if chosen.output.exists():
+        state = torch.load(chosen.output, weights_only=True)
+        tower.load_state_dict(state["tower"])
+        head.load_state_dict(state["head"])
+        for optimiser, saved in zip(optimisers, state["optimisers"]):
+            optimiser.load_state_dict(saved)
+        step = state["step"]
+    started = time.perf_counter()
+    chosen.output.parent.mkdir(parents=True, exist_ok=True)
+    while step < chosen.steps:
+        share = min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / chosen.steps)) + 0.01
+        for optimiser, rate in zip(optimisers, (MUON_RATE, RATE)):
+            for group in optimiser.param_groups:
+                group["lr"] = rate * share
+        pixels, labels_BP = batch(step)
+        scores_BPC = head(tower(pixels))
+        loss = F.cross_entropy(scores_BPC.flatten(0, 1), labels_BP.flatten(), weight=weights)
+        for optimiser in optimisers:
+            optimiser.zero_grad()
+        loss.backward()
+        for optimiser in optimisers:
+            optimiser.step()
+        step += 1
+        if step % 50 == 0:
+            right_BP = scores_BPC.argmax(-1) == labels_BP
+            letter_BP, thing_BP = labels_BP >= CLASSES - len(LETTERS), (labels_BP > 0) & (labels_BP < CLASSES - len(LETTERS))
+            rate = 50 * BATCH / (time.perf_counter() - started)
+            started = time.perf_counter()
+            print(f"{step} loss {loss:.3f} things {right_BP[thing_BP].float().mean():.3f} letters {right_BP[letter_BP].float().mean():.3f} {rate:.0f}/s", flush=True)
+        if step % 250 == 0 or step == chosen.steps:
+            beside = chosen.output.with_suffix(".part")
+            saved = [optimiser.state_dict() for optimiser in optimisers]
+            torch.save({"tower": tower.state_dict(), "head": head.state_dict(), "optimisers": saved, "step": step}, beside)
+            os.replace(beside, chosen.output)
+
+
+if __name__ == "__main__":
+    main()
