@@ -43,8 +43,9 @@ class Dataset(Protocol):
 
 
 class JsonDataset:
-    """The authors' format: a list of {id, image?, conversations: [{from: human | gpt, value}]} (LLaVA docs/Finetune_Custom_Data.md).
+    """The authors' format: a list of {id, image?, conversations: [{from: human | gpt, value}]}.
 
+    Source: LLaVA docs/Finetune_Custom_Data.md.
     Raises UserError when the file is not of that form.
     """
 
@@ -90,9 +91,13 @@ class TrainBatch:
 
 
 def encode(sample: Sample, config: LlavaConfig, tokenizer: Tokenizer, *, template: str, max_tokens: int) -> Row:
-    """Ids and labels of one sample. Raises UserError, naming the sample, when it has nothing to learn or is too long."""
+    """Ids and labels of one sample. Raises UserError, naming the sample, when it teaches nothing or is too long."""
     if sample.images and (config.image is None or config.vision is None):
-        raise UserError(f"{sample.name} has an image, the model is a text model", hint="train a LLaVA, or drop the image")
+        raise UserError(
+            f"{sample.name} has an image, the model is a text model", hint="train a LLaVA, or drop the image"
+        )
+    if not any(message.role == "assistant" for message in sample.messages):
+        raise _nothing_to_learn(sample)
     prepared = [prepare(each, config.image, config.vision) for each in sample.images if config.image and config.vision]
     counts = [each.grid.tokens for each in prepared]
     encoded = tokenizer.encode(render(template, sample.messages), counts, image_id=config.image_token_id)
@@ -102,9 +107,13 @@ def encode(sample: Sample, config: LlavaConfig, tokenizer: Tokenizer, *, templat
             hint="raise max_tokens, shorten the sample or leave it out",
         )
     if not any(encoded.learned):
-        raise UserError(f"{sample.name} has nothing to learn: no answer in it", hint="give it an answer, or leave it out")
+        raise _nothing_to_learn(sample)
     labels = [token if learned else IGNORED for token, learned in zip(encoded.ids, encoded.learned)]
     return Row(encoded.ids, labels, [each.pixels for each in prepared], [each.grid for each in prepared])
+
+
+def _nothing_to_learn(sample: Sample) -> UserError:
+    return UserError(f"{sample.name} has nothing to learn: no answer in it", hint="give it an answer, or leave it out")
 
 
 def collate(rows: Sequence[Row]) -> TrainBatch:

@@ -39,7 +39,9 @@ def train(recipe: Recipe, *, output: Path, dataset: Dataset | None = None, resum
     """
     checkpoint = checkpoints.read(store.resolve(recipe.model))
     if checkpoint.config.vision is None and set(recipe.parts) != {"language_model"}:
-        raise UserError(f"{recipe.model} is a text model", hint='train parts = ["language_model"], or start from a LLaVA')
+        raise UserError(
+            f"{recipe.model} is a text model", hint='train parts = ["language_model"], or start from a LLaVA'
+        )
     network = build(checkpoint)
     data = dataset if dataset is not None else JsonDataset(Path(recipe.data), Path(recipe.images))
     output.mkdir(parents=True, exist_ok=True)
