@@ -159,7 +159,8 @@ def _shards(state: Mapping[str, Tensor], dtype: torch.dtype | None, max_bytes: i
 
 def _descriptions(config: LlavaConfig, dtype: str) -> dict[str, dict[str, object]]:
     """File names and their content."""
-    files: dict[str, dict[str, object]] = {"generation_config.json": {"eos_token_id": _one_or_many(config.stop_ids)}}
+    generation: dict[str, object] = {"eos_token_id": _one_or_many(config.stop_ids)} if config.stop_ids else {}
+    files: dict[str, dict[str, object]] = {"generation_config.json": generation}
     text = _text(config.text, config.template) | {"torch_dtype": dtype}
     common: dict[str, object] = {"torch_dtype": dtype, TEMPLATE_KEY: config.template}
     if config.vision is None or config.image is None or config.projector is None:

@@ -154,7 +154,7 @@ def _check_ends(path: Path) -> None:
         head = file.read(16)
         if head.startswith(b"\x80\x02\x8a\x0al\xfc\x9cF\xf9"):
             raise _Refused(
-                "it has the form of PyTorch before 1.6: torch.save(torch.load(path, weights_only=True), path) updates it"
+                "it has the form of PyTorch before 1.6: torch.save(torch.load(path, weights_only=True), path) renews it"
             )
         if not head.startswith(b"PK\x03\x04"):
             raise _Refused("it does not begin as a zip archive")
