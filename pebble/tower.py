@@ -93,7 +93,7 @@ def main() -> None:
             rate = 50 * BATCH / (time.perf_counter() - started)
             started = time.perf_counter()
             print(f"{step} loss {loss:.3f} things {right_BP[thing_BP].float().mean():.3f} letters {right_BP[letter_BP].float().mean():.3f} {rate:.0f}/s", flush=True)
-        if step % 250 == 0 or step == chosen.steps:
+        if step % 100 == 0 or step == chosen.steps:
             beside = chosen.output.with_suffix(".part")
             saved = [optimiser.state_dict() for optimiser in optimisers]
             torch.save({"tower": tower.state_dict(), "head": head.state_dict(), "optimisers": saved, "step": step}, beside)

@@ -26,7 +26,7 @@ def picture(size: tuple[int, int], seed: int) -> Image.Image:
     width, height = size
     random = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width]
-    wave = 127 + 90 * np.sin(x / 17 + seed)[..., None] * np.cos(y / 11 + np.arange(3))
+    wave = 127 + 90 * np.sin(x / 17 + seed)[..., None] * np.cos(y[..., None] / 11 + np.arange(3))
     return Image.fromarray(np.clip(wave + random.normal(0, 25, (height, width, 3)), 0, 255).astype(np.uint8))
 
 

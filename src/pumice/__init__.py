@@ -8,11 +8,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pumice.engine.sampling import Sampling
     from pumice.errors import UserError
-    from pumice.model import Answer, Chat, Exchange, Model, Question, load
+    from pumice.model import Answer, Chat, Model, load
+    from pumice.question import Exchange, Question
 
 __all__ = ["Answer", "Chat", "Exchange", "Model", "Question", "Sampling", "UserError", "load"]
 
-_HOMES = {"Sampling": "pumice.engine.sampling", "UserError": "pumice.errors"}
+_HOMES = {
+    "Exchange": "pumice.question",
+    "Question": "pumice.question",
+    "Sampling": "pumice.engine.sampling",
+    "UserError": "pumice.errors",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,47 +13,18 @@ from typing import Literal
 import torch
 
 from pumice import checkpoints, prompt, store
-from pumice.config import ImageConfig, LlavaConfig, VisionConfig
+from pumice.config import LlavaConfig
+from pumice.decoding import StopText
 from pumice.engine import Request, Run, Sampling, Step
 from pumice.errors import UserError, nearest
-from pumice.image import ImageLike, Prepared, prepare
+from pumice.image import Prepared, prepare
 from pumice.network.llava import Llava
-from pumice.prompt import Message, Part
-from pumice.tokenizer import Encoded, StopText, Tokenizer
-
-Images = ImageLike | Sequence[ImageLike] | None
+from pumice.question import Exchange, Images, Prompter, Question, Seen, listed
+from pumice.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROWS_AT_ONCE = 8
 """How many questions `ask_all` answers side by side."""
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """An earlier turn of a conversation."""
-
-    prompt: str
-    answer: str
-    images: tuple[ImageLike, ...] = ()
-
-
-@dataclass(frozen=True)
-class Question:
-    """One request, whole. `system` None is the template's own text; `raw` sends the prompt as it stands, with
-    `<image>` where each image goes."""
-
-    prompt: str
-    image: Images = None
-    system: str | None = None
-    history: tuple[Exchange, ...] = ()
-    sampling: Sampling = dataclasses.field(default_factory=Sampling)
-    raw: bool = False
-
-    @property
-    def images(self) -> tuple[ImageLike, ...]:
-        """All images, in the order in which the prompt shows them."""
-        earlier = [image for exchange in self.history for image in exchange.images]
-        return (*earlier, *_listed(self.image))
 
 
 @dataclass(frozen=True)
@@ -94,20 +65,12 @@ class Answer:
         return self.text
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What the model really sees of a question: the prompt in parts, its ids, the images as pixels."""
-
-    parts: list[Part]
-    encoded: Encoded
-    images: list[Prepared]
-
-
-class Model:
+class Model(Prompter):
     """A loaded checkpoint. Made by `load`."""
 
     def __init__(self, name: str, config: LlavaConfig, tokenizer: Tokenizer, network: Llava) -> None:
-        self.name, self.config, self.tokenizer, self.network = name, config, tokenizer, network
+        super().__init__(name, config, tokenizer)
+        self.network = network
 
     def ask(
         self,
@@ -157,7 +120,7 @@ class Model:
 
     def generate(self, ids: Sequence[int], images: Images = None, *, sampling: Sampling | None = None) -> list[int]:
         """New token ids after a prompt of ids, in which each image's tokens stand expanded (`see` gives such ids)."""
-        seen = [prepare(each, *self._eyes()) for each in _listed(images)]
+        seen = [prepare(each, *self.eyes()) for each in listed(images)]
         request = Request(list(ids), self._features(seen), sampling or Sampling())
         expected, given = sum(each.grid.tokens for each in seen), list(ids).count(self.config.image_token_id)
         if expected != given:
@@ -165,24 +128,9 @@ class Model:
                 f"the prompt holds {given} image tokens, the {len(seen)} images have {expected}",
                 hint="repeat the image token once for each token of each image, as `see` does",
             )
-        self._check_length(len(request.ids))
+        self.check_length(len(request.ids))
         run = Run(self.network, [request])
         return [step.token for step in itertools.chain.from_iterable(iter(run.step, []))]
-
-    def see(self, question: Question) -> Seen:
-        """The exact prompt of a question and its images, without running the network."""
-        images = [prepare(each, *self._eyes()) for each in question.images]
-        parts = self._parts(question)
-        given = sum(part.kind == "image" for part in parts)
-        if given != len(images):
-            raise UserError(
-                f"the prompt has {given} <image> marks, and {len(images)} images came with it",
-                hint="a raw prompt needs one <image> for each image, in their order",
-            )
-        encode = self.tokenizer.encode_raw if question.raw else self.tokenizer.encode
-        encoded = encode(parts, [each.grid.tokens for each in images], image_id=self.config.image_token_id)
-        self._check_length(len(encoded.ids))
-        return Seen(parts, encoded, images)
 
     def _open(self, question: Question) -> _Opened:
         started = time.perf_counter()
@@ -191,20 +139,6 @@ class Model:
         stops = (*question.sampling.stop, *([] if question.raw else prompt.TEMPLATES[self.config.template].stop))
         return _Opened(self.tokenizer, request, seen, stops, time.perf_counter() - started)
 
-    def _parts(self, question: Question) -> list[Part]:
-        if question.raw:
-            if question.history or question.system is not None:
-                raise UserError(
-                    "a raw prompt came with a system text or earlier turns",
-                    hint="write them into the prompt, which is sent as it stands",
-                )
-            return prompt.split_raw(question.prompt)
-        messages = [] if question.system is None else [Message("system", question.system)]
-        for turn in question.history:
-            messages += [Message("user", turn.prompt, len(turn.images)), Message("assistant", turn.answer)]
-        messages.append(Message("user", question.prompt, len(_listed(question.image))))
-        return prompt.render(self.config.template, messages)
-
     def _features(self, images: Sequence[Prepared]) -> list[torch.Tensor]:
         if not images:
             return []
@@ -212,23 +146,6 @@ class Model:
         with torch.inference_mode():
             pixels = torch.cat([torch.from_numpy(each.pixels) for each in images]).to(like.device, like.dtype)
             return self.network.encode(pixels, [each.grid for each in images])
-
-    def _eyes(self) -> tuple[ImageConfig, VisionConfig]:
-        if self.config.image is None or self.config.vision is None:
-            raise UserError(
-                f"{self.name} is a text model: it has no vision tower, so it cannot look at an image",
-                hint="ask without an image, or load a LLaVA checkpoint",
-            )
-        return self.config.image, self.config.vision
-
-    def _check_length(self, tokens: int) -> None:
-        limit = self.config.text.max_positions
-        if tokens >= limit:
-            raise UserError(
-                f"the prompt is {tokens} tokens long, images included; {self.name} has {limit} positions",
-                hint="send fewer or smaller images, fewer turns or less text",
-            )
-
 
 class _Opened:
     """One question under way: its request, and its answer as far as it has come."""
@@ -337,8 +254,35 @@ class ChatStream(Stream):
 
     def _run(self, model: Model) -> Iterator[str]:
         yield from super()._run(model)
-        turn = Exchange(self._question.prompt, self._opened.answer().text, _listed(self._question.image))
+        turn = Exchange(self._question.prompt, self._opened.answer().text, listed(self._question.image))
         self._chat.history = (*self._chat.history, turn)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from, and what is to differ from what its files say.
+
+    name: a folder in Hugging Face's or the LLaVA authors' format, or a bundled model (`pebble`, `pebble:1.5`).
+    template: a prompt template's name instead of the checkpoint's own. preprocess: `hf` or `original`, whose rules
+    images follow instead of the checkpoint's. beside: other folders that the checkpoint needs: the CLIP tower of an
+    authors' 1.5 folder, the language model under a LoRA or a lone projector; each is known by its own config.json.
+    """
+
+    name: str | Path
+    template: str | None = None
+    preprocess: Literal["hf", "original"] | None = None
+    beside: tuple[str | Path, ...] = ()
+
+    def checkpoint(self) -> checkpoints.Checkpoint:
+        """The checkpoint with these choices applied, its weights not yet read."""
+        base, tower = checkpoints.companions([Path(each) for each in self.beside])
+        found = checkpoints.read(store.resolve(self.name), base=base, tower=tower, template=self.template)
+        if self.preprocess is None or found.config.image is None:
+            return found
+        if self.preprocess not in ("hf", "original"):
+            raise UserError(f"preprocess is {self.preprocess!r}", hint="give hf or original")
+        config = dataclasses.replace(found.config, image=found.config.image.under(self.preprocess))
+        return dataclasses.replace(found, config=config)
 
 
 def load(
@@ -352,22 +296,14 @@ def load(
 ) -> Model:
     """A model, ready to be asked.
 
-    name: a folder in Hugging Face's or the LLaVA authors' format, or a bundled model (`pebble`, `pebble:1.5`).
-    dtype: float32, bfloat16 or float16; None keeps the checkpoint's. device: None takes a GPU when there is one.
-    template: a prompt template's name instead of the checkpoint's own. preprocess: `hf` or `original`, whose rules
-    images follow instead of the checkpoint's. beside: other folders that the checkpoint needs: the CLIP tower of an
-    authors' 1.5 folder, the language model under a LoRA or a lone projector; each is known by its own config.json.
+    dtype: float32, bfloat16 or float16; None keeps the checkpoint's. device: None takes a GPU when there is one. The
+    others are those of `Source`.
 
     Raises UserError: no such model, files damaged or incomplete, an architecture that pumice does not have.
     """
-    path = store.resolve(name)
-    base, tower = checkpoints.companions([Path(each) for each in beside])
-    checkpoint = checkpoints.read(path, base=base, tower=tower, template=template)
-    config = checkpoint.config
-    if preprocess is not None and config.image is not None:
-        config = dataclasses.replace(config, image=config.image.under(preprocess))
-    network = _network(checkpoint.tensors, config, _dtype(dtype), _device(device))
-    return Model(str(name), config, checkpoint.tokenizer, network)
+    checkpoint = Source(name, template, preprocess, tuple(beside)).checkpoint()
+    network = _network(checkpoint.tensors, checkpoint.config, _dtype(dtype), _device(device))
+    return Model(str(name), checkpoint.config, checkpoint.tokenizer, network)
 
 
 def _network(
@@ -402,10 +338,3 @@ def _device(device: str | torch.device | None) -> torch.device:
             f"this machine has no device {str(device)!r}", hint="give cpu, or leave the choice to pumice"
         ) from error
     return chosen
-
-
-def _listed(image: Images) -> tuple[ImageLike, ...]:
-    """One image, several or none, as a tuple."""
-    if image is None:
-        return ()
-    return tuple(image) if isinstance(image, list | tuple) else (image,)  # type: ignore[arg-type]

@@ -1,0 +1,115 @@
+"""What is asked, and what a model sees of it: the prompt's parts and ids, and the images as pixels. No weights here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pumice import prompt
+from pumice.config import ImageConfig, LlavaConfig, VisionConfig
+from pumice.engine.sampling import Sampling
+from pumice.errors import UserError
+from pumice.image import ImageLike, Prepared, prepare
+from pumice.prompt import Message, Part
+from pumice.tokenizer import Encoded, Tokenizer
+
+Images = ImageLike | Sequence[ImageLike] | None
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """An earlier turn of a conversation."""
+
+    prompt: str
+    answer: str
+    images: tuple[ImageLike, ...] = ()
+
+
+@dataclass(frozen=True)
+class Question:
+    """One request, whole. `system` None is the template's own text; `raw` sends the prompt as it stands, with
+    `<image>` where each image goes."""
+
+    prompt: str
+    image: Images = None
+    system: str | None = None
+    history: tuple[Exchange, ...] = ()
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    raw: bool = False
+
+    @property
+    def images(self) -> tuple[ImageLike, ...]:
+        """All images, in the order in which the prompt shows them."""
+        earlier = [image for exchange in self.history for image in exchange.images]
+        return (*earlier, *listed(self.image))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the model really sees of a question: the prompt in parts, its ids, the images as pixels."""
+
+    parts: list[Part]
+    encoded: Encoded
+    images: list[Prepared]
+
+
+class Prompter:
+    """A model's words and eyes: everything between a question and the network."""
+
+    def __init__(self, name: str, config: LlavaConfig, tokenizer: Tokenizer) -> None:
+        self.name, self.config, self.tokenizer = name, config, tokenizer
+
+    def see(self, question: Question) -> Seen:
+        """The exact prompt of a question and its images, without running the network."""
+        images = [prepare(each, *self.eyes()) for each in question.images]
+        parts = self._parts(question)
+        given = sum(part.kind == "image" for part in parts)
+        if given != len(images):
+            raise UserError(
+                f"the prompt has {given} <image> marks, and {len(images)} images came with it",
+                hint="a raw prompt needs one <image> for each image, in their order",
+            )
+        encode = self.tokenizer.encode_raw if question.raw else self.tokenizer.encode
+        encoded = encode(parts, [each.grid.tokens for each in images], image_id=self.config.image_token_id)
+        self.check_length(len(encoded.ids))
+        return Seen(parts, encoded, images)
+
+    def _parts(self, question: Question) -> list[Part]:
+        if question.raw:
+            if question.history or question.system is not None:
+                raise UserError(
+                    "a raw prompt came with a system text or earlier turns",
+                    hint="write them into the prompt, which is sent as it stands",
+                )
+            return prompt.split_raw(question.prompt)
+        messages = [] if question.system is None else [Message("system", question.system)]
+        for turn in question.history:
+            messages += [Message("user", turn.prompt, len(turn.images)), Message("assistant", turn.answer)]
+        messages.append(Message("user", question.prompt, len(listed(question.image))))
+        return prompt.render(self.config.template, messages)
+
+    def eyes(self) -> tuple[ImageConfig, VisionConfig]:
+        """How images become pixels. Raises UserError for a text model."""
+        if self.config.image is None or self.config.vision is None:
+            raise UserError(
+                f"{self.name} is a text model: it has no vision tower, so it cannot look at an image",
+                hint="ask without an image, or load a LLaVA checkpoint",
+            )
+        return self.config.image, self.config.vision
+
+    def check_length(self, tokens: int) -> None:
+        """Raises UserError when a prompt leaves no position for an answer."""
+        limit = self.config.text.max_positions
+        if tokens >= limit:
+            raise UserError(
+                f"the prompt is {tokens} tokens long, images included; {self.name} has {limit} positions",
+                hint="send fewer or smaller images, fewer turns or less text",
+            )
+
+
+def listed(image: Images) -> tuple[ImageLike, ...]:
+    """One image, several or none, as a tuple."""
+    if image is None:
+        return ()
+    return tuple(image) if isinstance(image, list | tuple) else (image,)  # type: ignore[arg-type]
