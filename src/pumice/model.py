@@ -301,9 +301,16 @@ def load(
 
     Raises UserError: no such model, files damaged or incomplete, an architecture that pumice does not have.
     """
-    checkpoint = Source(name, template, preprocess, tuple(beside)).checkpoint()
+    return load_from(Source(name, template, preprocess, tuple(beside)), dtype=dtype, device=device)
+
+
+def load_from(
+    source: Source, *, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None
+) -> Model:
+    """`load`, from a source that holds its choices."""
+    checkpoint = source.checkpoint()
     network = _network(checkpoint.tensors, checkpoint.config, _dtype(dtype), _device(device))
-    return Model(str(name), checkpoint.config, checkpoint.tokenizer, network)
+    return Model(str(source.name), checkpoint.config, checkpoint.tokenizer, network)
 
 
 def _network(

@@ -10,7 +10,7 @@ from pumice import prompt
 from pumice.config import ImageConfig, LlavaConfig, VisionConfig
 from pumice.engine.sampling import Sampling
 from pumice.errors import UserError
-from pumice.image import ImageLike, Prepared, prepare
+from pumice.image import Image, ImageLike, Prepared, prepare, tile_pictures
 from pumice.prompt import Message, Part
 from pumice.tokenizer import Encoded, Tokenizer
 
@@ -74,6 +74,10 @@ class Prompter:
         encoded = encode(parts, [each.grid.tokens for each in images], image_id=self.config.image_token_id)
         self.check_length(len(encoded.ids))
         return Seen(parts, encoded, images)
+
+    def views(self, images: Sequence[ImageLike]) -> list[list[Image.Image]]:
+        """The pictures behind the pixels, as the tower sees them: for each image its base view, then its tiles."""
+        return [tile_pictures(each, *self.eyes()) for each in images]
 
     def _parts(self, question: Question) -> list[Part]:
         if question.raw:

@@ -1,0 +1,61 @@
+"""The command line: parse, call one function, print. Answers go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+from typing import Annotated
+
+import click
+import typer
+
+from pumice.cli import look, run
+from pumice.errors import UserError
+
+app = typer.Typer(
+    name="pumice",
+    help="LLaVA 1.5 and 1.6 on your own machine: ask an image a question.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 a bug of ours, 2 something given was wrong, 130 stopped by you.",
+)
+app.command("run")(run.run)
+app.command("show")(look.show)
+app.command("prompt")(look.prompt)
+app.command("list")(look.list_models)
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(f"pumice {importlib.metadata.version('pumice')}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """The entry point: runs a command and turns what it raises into an exit code."""
+    try:
+        code = app(standalone_mode=False)
+    except UserError as error:
+        print(f"error: {_one_line(error.message)}\n{_one_line(error.hint)}", file=sys.stderr)
+        code = 2
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except (KeyboardInterrupt, click.Abort):
+        code = 130
+    except BrokenPipeError:
+        # The reader has gone; what is left in the buffer has nowhere to go either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,188 @@
+"""`pumice show`, `pumice prompt`, `pumice list`: what a model is, and what it sees. No weights are read."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pumice import store
+from pumice.cli import options
+from pumice.cli.options import AsJson, Beside, ImagePaths, ModelName, Preprocess, PromptText, Raw, System, Template
+from pumice.errors import UserError
+
+if TYPE_CHECKING:
+    from pumice.checkpoints import Checkpoint
+    from pumice.config import LlavaConfig
+    from pumice.image import ImageLike, Prepared
+    from pumice.question import Prompter, Seen
+
+
+def list_models() -> None:
+    """List the models inside the package."""
+    for name, folder in store.BUNDLED.items():
+        print(f"{name:12} {folder}")
+
+
+def show(
+    model: ModelName,
+    template: Template = None,
+    preprocess: Preprocess = None,
+    beside: Beside = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a model is: sizes, template, image rules, the memory it will need."""
+    checkpoint = options.source(model, template, preprocess, beside).checkpoint()
+    facts = described(checkpoint)
+    if as_json:
+        print(json.dumps(facts, ensure_ascii=False))
+        return
+    for name, value in facts.items():
+        print(f"{name.replace('_', ' '):24} {_shown(name, value)}")
+
+
+def described(checkpoint: Checkpoint) -> dict[str, object]:
+    """The facts of a checkpoint, from its config and the headers of its files."""
+    from pumice.checkpoints import expected_tensors
+
+    config = checkpoint.config
+    text, vision, image = config.text, config.vision, config.image
+    parameters = {name: math.prod(shape) for name, shape in expected_tensors(config).items()}
+    width_bytes = checkpoint.tensors.dtype("language_model.embed_tokens.weight").itemsize
+    kv_bytes = 2 * text.layers * text.kv_heads * text.head_width * width_bytes
+    facts: dict[str, object] = {"family": config.family, "format": checkpoint.format, "folder": str(checkpoint.path)}
+    if vision is not None and image is not None:
+        facts |= {
+            "vision_tower": f"{vision.layers} layers, width {vision.width}, {vision.heads} heads, features of "
+            f"hidden state {', '.join(map(str, vision.feature_layers))}",
+            "tile": f"{vision.image_px} px in patches of {vision.patch_px}: {vision.tile_tokens} tokens",
+            "images": image.mode + (", Transformers' rules" if image.rounds_unpad or image.mode == "crop" else ", the authors' rules"),
+            "canvases": " ".join(f"{width}x{height}" for height, width in image.pinpoints) or "none: one view an image",
+        }
+    facts |= {
+        "language_model": f"{text.layers} layers, width {text.width}, {text.heads} heads over {text.kv_heads} key/value heads",
+        "vocabulary": text.vocab,
+        "positions": text.max_positions,
+        "rope_theta": text.rope_theta,
+        "template": config.template,
+        "end_tokens": " ".join(checkpoint.tokenizer.token_of(token) for token in config.stop_ids),
+        "parameters": sum(parameters.values()),
+        "dtype": str(checkpoint.tensors.dtype("language_model.embed_tokens.weight")).removeprefix("torch."),
+        "weights_bytes": sum(parameters.values()) * width_bytes,
+        "kv_bytes_per_1000_tokens": kv_bytes * 1000,
+    }
+    return facts | _image_cost(config, kv_bytes)
+
+
+def _image_cost(config: LlavaConfig, kv_bytes: int) -> dict[str, object]:
+    """Tokens of one large square image, and what they keep in memory."""
+    from pumice.image import grid_for
+
+    if config.image is None or config.vision is None:
+        return {}
+    edge = 4 * config.vision.image_px
+    tokens = grid_for((edge, edge), config.image, config.vision).tokens
+    return {"tokens_of_a_square_image": tokens, "kv_bytes_of_a_square_image": tokens * kv_bytes}
+
+
+def _shown(name: str, value: object) -> str:
+    if isinstance(value, int) and "bytes" in name:
+        return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.2f} MB"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def prompt(
+    model: ModelName,
+    text: PromptText = None,
+    image: ImagePaths = None,
+    system: System = None,
+    raw: Raw = False,
+    template: Template = None,
+    preprocess: Preprocess = None,
+    beside: Beside = None,
+    save_tiles: Annotated[Path | None, typer.Option("--save-tiles", help="Write the pictures the model sees there.")] = None,
+    all_tokens: Annotated[bool, typer.Option("--all", help="Show each image token instead of their number.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a model really sees: the exact prompt, every token with its id, the tiles of each image."""
+    asked = options.question(text or "", image or [], system=system, raw=raw)
+    prompter = _prompter(options.source(model, template, preprocess, beside).checkpoint(), model)
+    seen = prompter.see(asked)
+    saved = _save(prompter, asked.images, save_tiles) if save_tiles else []
+    if as_json:
+        print(json.dumps(_seen(prompter, seen) | {"saved": saved}, ensure_ascii=False))
+        return
+    from pumice.prompt import prompt_text
+
+    print(prompt_text(seen.parts))
+    print()
+    for line in _token_lines(prompter, seen.encoded.ids, all_tokens):
+        print(line)
+    for number, each in enumerate(seen.images, 1):
+        print(f"image {number}: {_image_line(each)}")
+    print(f"total: {len(seen.encoded.ids)} tokens of {prompter.config.text.max_positions}")
+    for path in saved:
+        print(f"saved {path}")
+
+
+def _prompter(checkpoint: Checkpoint, name: str) -> Prompter:
+    from pumice.question import Prompter
+
+    return Prompter(name, checkpoint.config, checkpoint.tokenizer)
+
+
+def _token_lines(prompter: Prompter, ids: Sequence[int], all_tokens: bool) -> list[str]:
+    image_id = prompter.config.image_token_id
+    lines = []
+    for token, run in groupby(ids):
+        count = len(list(run))
+        if token == image_id:
+            lines += [f"{token:>7}  <image>"] * count if all_tokens else [f"{token:>7}  <image> x {count}"]
+        else:
+            lines += [f"{token:>7}  {prompter.tokenizer.token_of(token)}"] * count
+    return lines
+
+
+def _image_line(image: Prepared) -> str:
+    grid, (height, width) = image.grid, image.size
+    line = f"{width}x{height} px, {grid.tokens} tokens"
+    if grid.tiles == 1:
+        return f"{line}: one view of {grid.tile_side}x{grid.tile_side}"
+    return (
+        f"{line}: a base view of {grid.tile_side}x{grid.tile_side}, {grid.columns}x{grid.rows} tiles "
+        f"of which {grid.kept_columns}x{grid.kept_rows} features are kept"
+    )
+
+
+def _seen(prompter: Prompter, seen: Seen) -> dict[str, object]:
+    from pumice.prompt import prompt_text
+
+    return {
+        "prompt": prompt_text(seen.parts),
+        "ids": seen.encoded.ids,
+        "images": [
+            {"size": list(each.size), "tiles": each.grid.tiles, "tokens": each.grid.tokens, "digest": each.digest}
+            for each in seen.images
+        ],
+        "positions": prompter.config.text.max_positions,
+    }
+
+
+def _save(prompter: Prompter, images: Sequence[ImageLike], folder: Path) -> list[str]:
+    """Write each image's views as PNG files; returns their paths."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made: {error.strerror}", hint="name a folder that you may write to") from error
+    saved = []
+    for number, pictures in enumerate(prompter.views(images), 1):
+        for place, picture in enumerate(pictures):
+            path = folder / f"image{number}-{'base' if place == 0 else f'tile{place}'}.png"
+            picture.save(path)
+            saved.append(str(path))
+    return saved

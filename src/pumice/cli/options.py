@@ -1,0 +1,79 @@
+"""The options that several verbs share, and what they become."""
+
+from __future__ import annotations
+
+import enum
+import sys
+from contextlib import contextmanager
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pumice.errors import UserError
+
+if TYPE_CHECKING:
+    from pumice.model import Source
+    from pumice.question import Images, Question
+
+
+class Rule(str, enum.Enum):
+    """Whose preprocessing images follow."""
+
+    hf = "hf"
+    original = "original"
+
+
+ModelName = Annotated[str, typer.Argument(help="A checkpoint folder, or a bundled model: pebble, pebble:1.5.", metavar="MODEL")]
+PromptText = Annotated[str | None, typer.Argument(help="What to ask. Paths of images in it are attached.", metavar="[PROMPT]")]
+ImagePaths = Annotated[list[str] | None, typer.Option("--image", "-i", help="An image to ask about; repeat for several.")]
+System = Annotated[str | None, typer.Option("--system", help="System text instead of the template's own.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Send the prompt as it stands, with <image> where each image goes.")]
+Template = Annotated[str | None, typer.Option("--template", help="Prompt template instead of the checkpoint's own.")]
+Preprocess = Annotated[Rule | None, typer.Option("--preprocess", help="Image rules instead of the checkpoint's own.")]
+Beside = Annotated[
+    list[str] | None,
+    typer.Option("--with", help="A folder the checkpoint needs: its CLIP tower, or the model under a LoRA or projector."),
+]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; as the file without it.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps; the best there is without it.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def source(name: str, template: str | None, preprocess: Rule | None, beside: list[str] | None) -> Source:
+    """Where the model comes from, by these options."""
+    from pumice.model import Source
+
+    return Source(name, template, preprocess.value if preprocess else None, tuple(beside or ()))
+
+
+def question(prompt: str, images: list[str], *, system: str | None, raw: bool) -> Question:
+    """A question from the command line: images named in the prompt are attached. Raises UserError for a literal
+    `<image>`, which the authors' scripts used and which here would only be text."""
+    from pumice.cli.paths import images_in
+    from pumice.question import Question
+
+    if raw:
+        return Question(prompt, list(images), system, raw=True)
+    text, named = images_in(prompt)
+    for path in named:
+        print(f"Added image '{path}'", file=sys.stderr)
+    if "<image>" in text:
+        raise UserError(
+            "the prompt holds the mark <image>, which is plain text here",
+            hint="attach images with -i, they stand before the text; or send a prompt with marks as it stands with --raw",
+        )
+    attached: Images = [*images, *named]
+    return Question(text, attached, system)
+
+
+@contextmanager
+def busy(what: str) -> Iterator[None]:
+    """Say on a terminal's stderr what takes time; a pipe or a log gets nothing."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield

@@ -1,0 +1,123 @@
+"""`pumice run`: one question, or a chat."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pumice.cli import options
+from pumice.cli.options import AsJson, Beside, Device, Dtype, ImagePaths, ModelName, Preprocess, PromptText, Raw, System, Template
+from pumice.errors import UserError
+
+if TYPE_CHECKING:
+    from pumice.model import Answer, Model
+    from pumice.question import Question
+
+Temperature = Annotated[float, typer.Option("--temperature", help="0 takes the best token each time.")]
+TopK = Annotated[int, typer.Option("--top-k", help="Draw from the k best tokens; 0 is off.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Draw from the best tokens with this much probability.")]
+MinP = Annotated[float, typer.Option("--min-p", help="Drop tokens below this share of the best one.")]
+Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1: less of what was said; 1 is off.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same answer.")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the answer; repeat for several.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Longest answer, in tokens.")]
+ShowTimings = Annotated[bool, typer.Option("--timings", help="Print what took how long, on stderr.")]
+
+
+def run(
+    model: ModelName,
+    prompt: PromptText = None,
+    image: ImagePaths = None,
+    system: System = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = None,
+    stop: Stop = None,
+    max_tokens: MaxTokens = 512,
+    raw: Raw = False,
+    template: Template = None,
+    preprocess: Preprocess = None,
+    beside: Beside = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: AsJson = False,
+    timings: ShowTimings = False,
+) -> None:
+    """Ask a model about images; without a prompt, chat with it.
+
+    pumice run pebble "What does the sign say?" -i sign.png
+    """
+    text = _prompt(prompt)
+    with options.busy("loading"):
+        from pumice.engine.sampling import Sampling
+        from pumice.model import load_from
+
+        sampling = Sampling(
+            temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ()), max_tokens
+        )
+        asked = options.question(text, image or [], system=system, raw=raw) if text is not None else None
+        loaded = load_from(options.source(model, template, preprocess, beside), dtype=dtype, device=device)
+    if asked is None:
+        from pumice.cli.chat import talk
+
+        talk(loaded, system=system, sampling=sampling, images=image or [])
+        return
+    answer = _tell(loaded, dataclasses.replace(asked, sampling=sampling), quiet=as_json)
+    if as_json:
+        print(json.dumps(described(answer), ensure_ascii=False))
+    if timings:
+        print(timing_line(answer), file=sys.stderr)
+
+
+def _prompt(given: str | None) -> str | None:
+    """The prompt, with what is piped in before it; None asks for a chat."""
+    if sys.stdin is None or sys.stdin.isatty():
+        return given
+    piped = sys.stdin.read().strip()
+    parts = [part for part in (piped, given) if part]
+    if not parts:
+        raise UserError("there is no prompt, and no terminal to chat on", hint='give one: pumice run MODEL "What is it?"')
+    return "\n".join(parts)
+
+
+def _tell(model: Model, question: Question, *, quiet: bool) -> Answer:
+    """Print the answer as it comes."""
+    from pumice.model import Stream
+
+    stream = Stream(model, question)
+    for piece in stream:
+        if not quiet:
+            print(piece, end="", flush=True)
+    if not quiet:
+        print(flush=True)
+    return stream.answer
+
+
+def described(answer: Answer) -> dict[str, object]:
+    """An answer as plain values."""
+    seconds = {name: round(value, 4) for name, value in dataclasses.asdict(answer.timings).items()}
+    return {
+        "text": answer.text,
+        "finish_reason": answer.finish_reason,
+        "prompt_tokens": answer.prompt_tokens,
+        "image_tokens": list(answer.image_tokens),
+        "tokens": len(answer.tokens),
+        "timings": seconds,
+    }
+
+
+def timing_line(answer: Answer) -> str:
+    """What took how long, in one line."""
+    timings = answer.timings
+    return (
+        f"images {timings.encode_s:.2f} s, prompt of {answer.prompt_tokens} tokens {timings.prefill_s:.2f} s, "
+        f"{len(answer.tokens)} tokens in {timings.decode_s:.2f} s ({timings.tokens_per_s:.1f} tokens/s), "
+        f"ended by {answer.finish_reason}"
+    )
