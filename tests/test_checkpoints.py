@@ -1,4 +1,4 @@
-"""Checkpoint folders: values against Transformers, PEFT and the reference results; what is refused, and in which words."""
+"""Checkpoint folders: values against Transformers, PEFT and the reference results; what is refused, in which words."""
 
 from __future__ import annotations
 
@@ -867,6 +867,33 @@ def test_written_type_and_template(made: dict[str, Path], tmp_path: Path) -> Non
     assert not (tmp_path / "x" / "chat_template.json").exists()
     same(again.tensors, {name: tensor.to(torch.bfloat16) for name, tensor in first.tensors.items()})
     assert transformers_model(tmp_path / "x").dtype == torch.bfloat16
+
+
+def test_every_number_is_written(made: dict[str, Path], tmp_path: Path) -> None:
+    """Numbers that differ from all defaults come back, here and in Transformers."""
+    first = checkpoints.read(made["1.5"])
+    vision, text, image = first.config.vision, first.config.text, first.config.image
+    assert vision is not None
+    assert image is not None
+    config = dataclasses.replace(
+        first.config,
+        vision=dataclasses.replace(
+            vision, heads=2, activation="gelu", norm_eps=3e-5, feature_layers=(-1,), keep_class_token=True
+        ),
+        text=dataclasses.replace(
+            text, heads=8, kv_heads=8, head_width=8, rope_theta=123.0, norm_eps=3e-6, max_positions=77
+        ),
+        image=dataclasses.replace(
+            image, mode="pad", resize_px=(30, 32), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), rescale=0.5, resample=2
+        ),
+    )
+    checkpoints.write_hf(tmp_path / "x", config, first.tensors, tokenizer_files=made["1.5"])
+    assert checkpoints.read(tmp_path / "x").config == config
+    theirs = transformers_model(tmp_path / "x").config
+    tower, lm = theirs.vision_config, theirs.text_config
+    assert (tower.hidden_act, tower.layer_norm_eps, tower.num_attention_heads) == ("gelu", 3e-5, 2)
+    assert (lm.rope_parameters["rope_theta"], lm.rms_norm_eps, lm.max_position_embeddings) == (123.0, 3e-6, 77)
+    assert (theirs.vision_feature_layer, theirs.vision_feature_select_strategy) == (-1, "full")
 
 
 def test_a_folder_is_written_whole_or_not_at_all(
