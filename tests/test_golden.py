@@ -67,14 +67,14 @@ def last_logits(model: Model, question: Question) -> torch.Tensor:
         return network.logits(network(network.embed(torch.tensor([seen.encoded.ids]), features))[0, -1])
 
 
-def check(model: Model, sample: dict[str, Any], expected: dict[str, Any], prompt: str) -> None:
+def check(model: Model, sample: dict[str, Any], expected: dict[str, Any], prompt: str, atol: float = LOGITS) -> None:
     images = [drawn(spec) for spec in sample["images"]]
     question = Question(prompt, images, sampling=Sampling(max_tokens=24), raw=True)
     assert model.see(question).encoded.ids.count(model.config.image_token_id) == sum(
         each.grid.tokens for each in model.see(question).images
     )
-    assert torch.allclose(last_logits(model, question), torch.tensor(expected["logits"]), atol=LOGITS, rtol=0)
-    if expected["min_margin"] > LOGITS:
+    assert torch.allclose(last_logits(model, question), torch.tensor(expected["logits"]), atol=atol, rtol=0)
+    if expected["min_margin"] > atol:
         assert list(model.answer(question).tokens) == expected["greedy"]
 
 
@@ -144,4 +144,5 @@ def test_a_lone_projector_over_its_language_model(tmp_path: Path) -> None:
         shutil.copy(originals / "llava-v1.5-tiny" / name, tmp_path)
     model = pumice.load(tmp_path, dtype="float32", beside=[originals / made["base"], originals / "llava-v1.5-tiny-clip"])
     for sample in made["samples"]:
-        check(model, sample, sample, sample["prompt"])
+        # The authors' loader rounds the projector to float16 first; pumice keeps what the file holds.
+        check(model, sample, sample, sample["prompt"], atol=1e-2)

@@ -1,0 +1,96 @@
+"""How often pebble is right, on pictures it never saw: greedy, exact match.
+
+    python pebble/evaluate.py [--pictures 400] [--models pebble pebble:1.5] [--write]
+
+Prints a table with 95 % Wilson intervals; --write puts it into pebble/README.md between its marks. Test pictures have
+numbers of their own; words on their signs were never trained on, and three in ten are set in a font never trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections import defaultdict
+from pathlib import Path
+
+from draw import COLOURS, SHAPES, SIGN_WORDS, Scene, Sign, paint, scene
+from shape import TILE_PX
+from talk import Turn, turns
+
+import pumice
+from pumice import Question, Sampling
+
+README = Path(__file__).resolve().parent / "README.md"
+MARKS = ("<!-- table: evaluate.py -->", "<!-- end of table -->")
+EDGE_PX = 4 * TILE_PX
+"""Test pictures are larger than any view, so that the form at hand does its own resizing, as with a photo."""
+
+
+def asked(pictures: int) -> list[tuple[Scene, Turn]]:
+    """One question of each kind about each test picture, and signs with words that were in training."""
+    found = []
+    for index in range(pictures):
+        shown = scene(index, split="test")
+        kinds: dict[str, Turn] = {}
+        for turn in turns(shown, random.Random(f"test-{index}")):
+            name = "describe a sign" if turn.task == "describe" and shown.sign else turn.task
+            kinds.setdefault("word, never trained on" if name == "word" else name, turn)
+        found += [(shown, Turn(name, turn.question, turn.answer)) for name, turn in kinds.items()]
+    for index in range(pictures // 2):
+        found.append(_known_word(index))
+    return found
+
+
+def _known_word(index: int) -> tuple[Scene, Turn]:
+    dice = random.Random(f"known-{index}")
+    shown = scene(index, split="test", kind="sign")
+    assert shown.sign is not None
+    sign = Sign(dice.choice(SIGN_WORDS), shown.sign.colour, shown.sign.ink, shown.sign.font, shown.sign.box)
+    return Scene(shown.ground, sign=sign), Turn("word, one of the 16 sign words", "What does the sign say?", sign.word)
+
+
+def wilson(right: int, total: int) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson 1927)."""
+    z, share = 1.96, right / total
+    middle, spread = share + z * z / (2 * total), z * ((share * (1 - share) + z * z / (4 * total)) / total) ** 0.5
+    return (middle - spread) / (1 + z * z / total), (middle + spread) / (1 + z * z / total)
+
+
+def scores(name: str, cases: list[tuple[Scene, Turn]]) -> dict[str, tuple[int, int]]:
+    """Right answers and questions of each task."""
+    model = pumice.load(name)
+    questions = [Question(turn.question, paint(shown, EDGE_PX), sampling=Sampling(max_tokens=32)) for shown, turn in cases]
+    counted: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for (_, turn), answer in zip(cases, model.ask_all(questions)):
+        counted[turn.task][0] += answer.text == turn.answer
+        counted[turn.task][1] += 1
+    return {task: (right, total) for task, (right, total) in counted.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=400)
+    parser.add_argument("--models", nargs="+", default=["pebble", "pebble:1.5"])
+    parser.add_argument("--write", action="store_true")
+    chosen = parser.parse_args()
+    cases = asked(chosen.pictures)
+    found = [scores(name, cases) for name in chosen.models]
+    lines = [f"| task | {' | '.join(chosen.models)} | n |", "|---|" + "---|" * (len(chosen.models) + 1)]
+    for task in sorted(found[0]):
+        cells = []
+        for each in found:
+            low, high = wilson(*each[task])
+            cells.append(f"{each[task][0] / each[task][1]:.2f} ({low:.2f}-{high:.2f})")
+        lines.append(f"| {task} | {' | '.join(cells)} | {found[0][task][1]} |")
+    lines.append("")
+    lines.append(f"Chance: colour {1 / (len(COLOURS) - 1):.2f}, shape {1 / len(SHAPES):.2f}, count 0.20, yes-no 0.50 or more.")
+    table = "\n".join(lines)
+    print(table)
+    if chosen.write:
+        text = README.read_text(encoding="utf-8")
+        start, end = text.index(MARKS[0]) + len(MARKS[0]), text.index(MARKS[1])
+        README.write_text(f"{text[:start]}\n{table}\n{text[end:]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
