@@ -98,9 +98,17 @@ class Decoder:
 
 def steps_of(spec: Any, name: str) -> list[dict[str, Any]]:
     """One step, or a Sequence of them and of Sequences, as a list."""
-    if spec is None:
-        return []
-    return [step for each in spec[name] for step in steps_of(each, name)] if spec["type"] == "Sequence" else [spec]
+    match spec:
+        case None:
+            return []
+        case {"type": "Sequence"} if isinstance(spec.get(name), list):
+            return [step for each in spec[name] for step in steps_of(each, name)]
+        case {"type": str(kind)} if kind != "Sequence":
+            return [spec]
+    raise UserError(
+        f"the tokenizer.json has a step that is none: {str(spec)[:80]}",
+        hint="get tokenizer.json again from where the model came",
+    )
 
 
 def _byte_levels() -> dict[int, int]:

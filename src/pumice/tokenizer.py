@@ -24,6 +24,9 @@ from pumice.sentencepiece import SPACE, read_model
 LARGEST_FILE_BYTES = 128 << 20
 """Several times the largest tokenizer.json of a Llama."""
 
+_NEVER_TEXT = frozenset({*SPECIAL_WORDS, IMAGE_MARK})
+"""Not to be found in a person's text even where a vocabulary calls them ordinary."""
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -84,10 +87,9 @@ class Tokenizer:
         self._text = _bare(self._library, normalizer, pre_tokenizer)
         if model:
             self._text.add_tokens([tokenizers.AddedToken(word, normalized=True) for word in model.symbols])
-        never = {*SPECIAL_WORDS, IMAGE_MARK}
         self._all_words = _Words(added.values())
         self._plain_words = _Words(
-            token for token in added.values() if not token.special and token.content not in never
+            token for token in added.values() if not token.special and token.content not in _NEVER_TEXT
         )
         skipped = {id for id, token in added.items() if token.special} | (model.silent if model else set())
         if (image := self.id_of(IMAGE_MARK)) is not None:
@@ -95,7 +97,7 @@ class Tokenizer:
         self._reserved = frozenset(skipped - {self.id_of(str(spec["model"].get("unk_token")))})
         strip = model.strip if model else None
         self._decoder = Decoder(spec.get("decoder"), self._library.id_to_token, skipped, sentencepiece_strip=strip)
-        self._front = _front(self._library)
+        self._front = _front(spec, self._library)
         self.vocab_size = max(self._library.get_vocab(with_added_tokens=True).values()) + 1
         self.adds_bos = bool(self._front)
         self.bos_id = self._front[0] if self._front else self._declared(config, "bos_token")
@@ -124,18 +126,20 @@ class Tokenizer:
         """
         config = config or {}
         proto = read_model(_read(Path(path)), str(path))
+        marks = [word for word in proto.symbols if word in _NEVER_TEXT]
+        symbols = tuple(word for word in proto.symbols if word not in _NEVER_TEXT)
         own = {"bos_token": proto.bos, "eos_token": proto.eos, "unk_token": proto.unk}
         config = {**own, **{key: value for key, value in config.items() if value is not None}}
         if config.get("legacy") is False:
-            model = _Sentencepiece(_Prefix("chunk"), 1, proto.symbols, proto.silent)
+            model = _Sentencepiece(_Prefix("chunk"), 1, symbols, proto.silent)
         else:
             # Two marks go in decoding: Transformers takes one away, and sentencepiece another.
             where: Literal["always", "never"] = "always" if proto.dummy_prefix else "never"
-            model = _Sentencepiece(_Prefix(where), 2, proto.symbols, proto.silent)
+            model = _Sentencepiece(_Prefix(where), 2, symbols, proto.silent)
         bos = _content(config["bos_token"]) if config.get("add_bos_token", True) else None
         ids = {piece.text: id for id, piece in enumerate(proto.pieces)}
         names = [_content(config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")]
-        tokens = {name: _token(ids[name], name) for name in names if name in ids}
+        tokens = {name: _token(ids[name], name) for name in (*marks, *names) if name in ids}
         tokens |= {content: _token(id, content) for content, id in (added or {}).items()}
         tokens |= {token["content"]: token for token in _declared_tokens(config)}
         return cls(proto.as_json(list(tokens.values()), bos), config, model=model)
@@ -144,7 +148,8 @@ class Tokenizer:
     def from_folder(cls, folder: Path | str) -> Tokenizer:
         """The tokenizer of a checkpoint: tokenizer.json if it is there, otherwise tokenizer.model."""
         folder = Path(folder)
-        config = {**_read_object(folder / "special_tokens_map.json"), **_read_object(folder / "tokenizer_config.json")}
+        named, config = (_read_object(folder / f"{name}.json") for name in ("special_tokens_map", "tokenizer_config"))
+        config = {**named, **{key: value for key, value in config.items() if value is not None}}
         if (folder / "tokenizer.json").exists():
             return cls.from_json(folder / "tokenizer.json", config=config)
         if (folder / "tokenizer.model").exists():
@@ -290,9 +295,13 @@ def _library(text: str) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
         spec = json.loads(text)
     except (ValueError, RecursionError) as problem:
         raise UserError(f"the tokenizer.json is not JSON, or not whole: {problem}", hint=hint) from problem
-    kind = spec["model"].get("type") if isinstance(spec, dict) and isinstance(spec.get("model"), dict) else None
-    if kind not in ("BPE", None):
-        raise UserError(f"the tokenizer.json is a {kind} tokenizer; pumice reads BPE", hint=hint)
+    model = spec.get("model") if isinstance(spec, dict) else None
+    if not isinstance(model, dict) or model.get("type") != "BPE":
+        kind = model.get("type") if isinstance(model, dict) else None
+        raise UserError(f"the tokenizer.json is of kind {kind!r}; pumice reads 'BPE'", hint=hint)
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(name):
+            raise UserError(f"the tokenizer.json has a {name}, which pumice does not support", hint=hint)
     with _LibraryErrors(hint):
         library = tokenizers.Tokenizer.from_str(text)
     library.no_padding()
@@ -343,16 +352,20 @@ def _bare(library: tokenizers.Tokenizer, normalizer: Any, pre_tokenizer: Any) ->
     return shell
 
 
-def _front(library: tokenizers.Tokenizer) -> list[int]:
+def _front(spec: Mapping[str, Any], library: tokenizers.Tokenizer) -> list[int]:
     """What stands in front of every prompt: BOS or nothing."""
-    with_, without = (library.encode("a", add_special_tokens=flag).ids for flag in (True, False))
-    front = with_[: len(with_) - len(without)]
-    if front + without != with_ or len(front) > 1:
-        raise UserError(
-            f"the tokenizer makes {with_} of the text {without}; pumice knows a BOS in front, or nothing",
-            hint="a token after a prompt would end it before the answer: set add_eos_token to false",
-        )
-    return front
+    steps = [step for step in steps_of(spec.get("post_processor"), "processors") if step["type"] != "ByteLevel"]
+    match [(step["type"], step.get("single")) for step in steps]:
+        case [] | [("TemplateProcessing", [{"Sequence": _}])]:
+            return []
+        case [("TemplateProcessing", [{"SpecialToken": {"id": str(token)}}, {"Sequence": _}])]:
+            id = library.token_to_id(token)
+            if id is not None:
+                return [id]
+    raise UserError(
+        f"the tokenizer.json wraps a prompt in tokens by {steps}; pumice knows one BOS in front, or nothing",
+        hint="a token after a prompt would end it before the answer: set add_eos_token to false",
+    )
 
 
 def _add_missing(library: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
