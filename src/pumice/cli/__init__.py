@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
-import click
 import typer
 
 from pumice.cli import look, run
 from pumice.errors import UserError
+
+
+def guarded(verb: Callable[..., None]) -> Callable[..., None]:
+    """A verb whose errors become exit codes: 2 and two lines for what the user can mend, 130 for Ctrl-C."""
+
+    @functools.wraps(verb)
+    def run_guarded(*arguments: Any, **options: Any) -> None:
+        try:
+            verb(*arguments, **options)
+        except UserError as error:
+            print(f"error: {_one_line(error.message)}\n{_one_line(error.hint)}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except BrokenPipeError:
+            # The reader has gone; what is left in the buffer has nowhere to go either.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+
+    return run_guarded
+
 
 app = typer.Typer(
     name="pumice",
@@ -23,10 +45,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done, 1 a bug of ours, 2 something given was wrong, 130 stopped by you.",
 )
-app.command("run")(run.run)
-app.command("show")(look.show)
-app.command("prompt")(look.prompt)
-app.command("list")(look.list_models)
+app.command("run")(guarded(run.run))
+app.command("show")(guarded(look.show))
+app.command("prompt")(guarded(look.prompt))
+app.command("list")(guarded(look.list_models))
 
 
 @app.callback(invoke_without_command=True)
@@ -39,22 +61,8 @@ def _options(
 
 
 def main() -> None:
-    """The entry point: runs a command and turns what it raises into an exit code."""
-    try:
-        code = app(standalone_mode=False)
-    except UserError as error:
-        print(f"error: {_one_line(error.message)}\n{_one_line(error.hint)}", file=sys.stderr)
-        code = 2
-    except click.ClickException as error:
-        error.show()
-        code = 2
-    except (KeyboardInterrupt, click.Abort):
-        code = 130
-    except BrokenPipeError:
-        # The reader has gone; what is left in the buffer has nowhere to go either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    sys.exit(code)
+    """The entry point."""
+    app()
 
 
 def _one_line(text: str) -> str:

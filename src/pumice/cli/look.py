@@ -61,7 +61,8 @@ def described(checkpoint: Checkpoint) -> dict[str, object]:
             "vision_tower": f"{vision.layers} layers, width {vision.width}, {vision.heads} heads, features of "
             f"hidden state {', '.join(map(str, vision.feature_layers))}",
             "tile": f"{vision.image_px} px in patches of {vision.patch_px}: {vision.tile_tokens} tokens",
-            "images": image.mode + (", Transformers' rules" if image.rounds_unpad or image.mode == "crop" else ", the authors' rules"),
+            "images": image.mode
+            + (", Transformers' rules" if image.rounds_unpad or image.mode == "crop" else ", the authors' rules"),
             "canvases": " ".join(f"{width}x{height}" for height, width in image.pinpoints) or "none: one view an image",
         }
     facts |= {
@@ -105,7 +106,9 @@ def prompt(
     template: Template = None,
     preprocess: Preprocess = None,
     beside: Beside = None,
-    save_tiles: Annotated[Path | None, typer.Option("--save-tiles", help="Write the pictures the model sees there.")] = None,
+    save_tiles: Annotated[
+        Path | None, typer.Option("--save-tiles", help="Write the pictures the model sees there.")
+    ] = None,
     all_tokens: Annotated[bool, typer.Option("--all", help="Show each image token instead of their number.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -178,7 +181,9 @@ def _save(prompter: Prompter, images: Sequence[ImageLike], folder: Path) -> list
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder} cannot be made: {error.strerror}", hint="name a folder that you may write to") from error
+        raise UserError(
+            f"{folder} cannot be made: {error.strerror}", hint="name a folder that you may write to"
+        ) from error
     saved = []
     for number, pictures in enumerate(prompter.views(images), 1):
         for place, picture in enumerate(pictures):

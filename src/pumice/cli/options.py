@@ -24,16 +24,24 @@ class Rule(str, enum.Enum):
     original = "original"
 
 
-ModelName = Annotated[str, typer.Argument(help="A checkpoint folder, or a bundled model: pebble, pebble:1.5.", metavar="MODEL")]
-PromptText = Annotated[str | None, typer.Argument(help="What to ask. Paths of images in it are attached.", metavar="[PROMPT]")]
-ImagePaths = Annotated[list[str] | None, typer.Option("--image", "-i", help="An image to ask about; repeat for several.")]
+ModelName = Annotated[
+    str, typer.Argument(help="A checkpoint folder, or a bundled model: pebble, pebble:1.5.", metavar="MODEL")
+]
+PromptText = Annotated[
+    str | None, typer.Argument(help="What to ask. Paths of images in it are attached.", metavar="[PROMPT]")
+]
+ImagePaths = Annotated[
+    list[str] | None, typer.Option("--image", "-i", help="An image to ask about; repeat for several.")
+]
 System = Annotated[str | None, typer.Option("--system", help="System text instead of the template's own.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Send the prompt as it stands, with <image> where each image goes.")]
 Template = Annotated[str | None, typer.Option("--template", help="Prompt template instead of the checkpoint's own.")]
 Preprocess = Annotated[Rule | None, typer.Option("--preprocess", help="Image rules instead of the checkpoint's own.")]
 Beside = Annotated[
     list[str] | None,
-    typer.Option("--with", help="A folder the checkpoint needs: its CLIP tower, or the model under a LoRA or projector."),
+    typer.Option(
+        "--with", help="A folder the checkpoint needs: its CLIP tower, or the model under a LoRA or projector."
+    ),
 ]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; as the file without it.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps; the best there is without it.")]

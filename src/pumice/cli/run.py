@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pumice.cli import options
-from pumice.cli.options import AsJson, Beside, Device, Dtype, ImagePaths, ModelName, Preprocess, PromptText, Raw, System, Template
+from pumice.cli.options import (
+    AsJson,
+    Beside,
+    Device,
+    Dtype,
+    ImagePaths,
+    ModelName,
+    Preprocess,
+    PromptText,
+    Raw,
+    System,
+    Template,
+)
 from pumice.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,9 +71,7 @@ def run(
         from pumice.engine.sampling import Sampling
         from pumice.model import load_from
 
-        sampling = Sampling(
-            temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ()), max_tokens
-        )
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ()), max_tokens)
         asked = options.question(text, image or [], system=system, raw=raw) if text is not None else None
         loaded = load_from(options.source(model, template, preprocess, beside), dtype=dtype, device=device)
     if asked is None:
@@ -83,7 +93,9 @@ def _prompt(given: str | None) -> str | None:
     piped = sys.stdin.read().strip()
     parts = [part for part in (piped, given) if part]
     if not parts:
-        raise UserError("there is no prompt, and no terminal to chat on", hint='give one: pumice run MODEL "What is it?"')
+        raise UserError(
+            "there is no prompt, and no terminal to chat on", hint='give one: pumice run MODEL "What is it?"'
+        )
     return "\n".join(parts)
 
 

@@ -11,12 +11,12 @@ BUNDLED = {"pebble": "pebble-1.6", "pebble:1.6": "pebble-1.6", "pebble:1.5": "pe
 
 
 def resolve(name: str | Path) -> Path:
-    """The folder of a model, from its name or path. A folder of that name wins over a bundled model.
+    """The folder of a model, from its name or path. A checkpoint folder of that name wins over a bundled model.
 
     Raises UserError, with the nearest names, where there is neither.
     """
     path = Path(name).expanduser()
-    if path.is_dir():
+    if path.is_dir() and ((path / "config.json").is_file() or str(name) not in BUNDLED):
         return path
     if str(name) in BUNDLED:
         return Path(__file__).resolve().parent.parent / "pebble" / BUNDLED[str(name)]
