@@ -1,6 +1,6 @@
 """What `make demo` runs: the bundled model looks at bundled pictures. No network, no other file.
 
-    python examples/demo.py
+python examples/demo.py
 """
 
 from pathlib import Path
@@ -19,4 +19,6 @@ ASKED = (
 model = pumice.load("pebble")
 for name, question in ASKED:
     answer = model.ask(question, PICTURES / name)
-    print(f"docs/images/{name}: {question}\n  {answer}   ({answer.timings.total_s:.2f} s, {answer.prompt_tokens} tokens read)")
+    print(
+        f"docs/images/{name}: {question}\n  {answer}   ({answer.timings.total_s:.2f} s, {answer.prompt_tokens} tokens)"
+    )

@@ -1,6 +1,6 @@
 """Step 4: put the trained forms into the package, 16 bits a weight.
 
-    python pebble/bundle.py --runs runs/pebble
+python pebble/bundle.py --runs runs/pebble
 """
 
 from __future__ import annotations

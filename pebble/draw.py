@@ -69,7 +69,7 @@ class Scene:
 
 
 def scene(index: int, *, split: str = "train", kind: str | None = None) -> Scene:
-    """The scene of a number. `split` is `train` or `test`: test scenes have other numbers, words and a font of their own."""
+    """The scene of a number. `split` is `train` or `test`: test scenes have words and a font of their own."""
     dice = random.Random(f"pebble-{split}-{index}")
     kind = kind or dice.choice(("shapes", "sign"))
     ground = dice.choice(GROUNDS)
@@ -111,11 +111,30 @@ def _sign(dice: random.Random, split: str) -> Sign:
 def words(held_out: bool) -> tuple[str, ...]:
     """Words of three and four letters, capitals; one in eight is held out. Needs Debian's wamerican."""
     lines = Path("/usr/share/dict/american-english").read_text(encoding="utf-8").split()
-    fit = sorted({line.upper() for line in lines if line.isalpha() and line.isascii() and line.islower() and 3 <= len(line) <= 4})
+    fit = sorted(
+        {line.upper() for line in lines if line.isalpha() and line.isascii() and line.islower() and 3 <= len(line) <= 4}
+    )
     return tuple(word for word in fit if (random.Random(word).random() < 0.125) == held_out)
 
 
-SIGN_WORDS = ("STOP", "OPEN", "EXIT", "TAXI", "CAFE", "SLOW", "HELP", "SALE", "FREE", "PARK", "PUSH", "PULL", "GO", "BUS", "BAR", "WC")
+SIGN_WORDS = (
+    "STOP",
+    "OPEN",
+    "EXIT",
+    "TAXI",
+    "CAFE",
+    "SLOW",
+    "HELP",
+    "SALE",
+    "FREE",
+    "PARK",
+    "PUSH",
+    "PULL",
+    "GO",
+    "BUS",
+    "BAR",
+    "WC",
+)
 
 
 def _word(dice: random.Random, split: str) -> str:
@@ -171,7 +190,10 @@ def _shape(pen: ImageDraw.ImageDraw, thing: Thing, edge: int, ground: tuple[int,
 
     def corners(count: int, radii: tuple[float, ...]) -> list[tuple[float, float]]:
         turns = [2 * math.pi * k / count - math.pi / 2 for k in range(count)]
-        return [(x + radii[k % len(radii)] * math.cos(a), y + radii[k % len(radii)] * math.sin(a)) for k, a in enumerate(turns)]
+        return [
+            (x + radii[k % len(radii)] * math.cos(a), y + radii[k % len(radii)] * math.sin(a))
+            for k, a in enumerate(turns)
+        ]
 
     match thing.shape:
         case "circle":
@@ -199,14 +221,18 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
 def _board(pen: ImageDraw.ImageDraw, sign: Sign, edge: int) -> list[Box]:
     """The board, and its letters as large as fit; boxes of the board and of each letter."""
     left, top, right, bottom = (share * edge for share in sign.box)
-    pen.rounded_rectangle((left, top, right, bottom), radius=edge // 24, fill=COLOURS[sign.colour], outline=(60, 60, 60), width=SMOOTH)
+    pen.rounded_rectangle(
+        (left, top, right, bottom), radius=edge // 24, fill=COLOURS[sign.colour], outline=(60, 60, 60), width=SMOOTH
+    )
     size = int(min((bottom - top) * 0.8, 0.5 * edge))
     while _font(sign.font, size).getlength(sign.word) > (right - left) * 0.9:
         size = int(size * 0.94)
     font = _font(sign.font, size)
     x = (left + right - font.getlength(sign.word)) / 2
     middle = (top + bottom) / 2
-    boxes: list[Box] = [((left, top, right, bottom), 1 + len(SHAPES) * len(SHAPE_COLOURS) + list(COLOURS).index(sign.colour))]
+    boxes: list[Box] = [
+        ((left, top, right, bottom), 1 + len(SHAPES) * len(SHAPE_COLOURS) + list(COLOURS).index(sign.colour))
+    ]
     first_letter = CLASSES - len(LETTERS)
     for letter in sign.word:
         width = font.getlength(letter)

@@ -59,7 +59,9 @@ def wilson(right: int, total: int) -> tuple[float, float]:
 def scores(name: str, cases: list[tuple[Scene, Turn]]) -> dict[str, tuple[int, int]]:
     """Right answers and questions of each task."""
     model = pumice.load(name)
-    questions = [Question(turn.question, paint(shown, EDGE_PX), sampling=Sampling(max_tokens=32)) for shown, turn in cases]
+    questions = [
+        Question(turn.question, paint(shown, EDGE_PX), sampling=Sampling(max_tokens=32)) for shown, turn in cases
+    ]
     counted: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for (_, turn), answer in zip(cases, model.ask_all(questions)):
         counted[turn.task][0] += answer.text == turn.answer
@@ -83,7 +85,9 @@ def main() -> None:
             cells.append(f"{each[task][0] / each[task][1]:.2f} ({low:.2f}-{high:.2f})")
         lines.append(f"| {task} | {' | '.join(cells)} | {found[0][task][1]} |")
     lines.append("")
-    lines.append(f"Chance: colour {1 / (len(COLOURS) - 1):.2f}, shape {1 / len(SHAPES):.2f}, count 0.20, yes-no 0.50 or more.")
+    lines.append(
+        f"Chance: colour {1 / (len(COLOURS) - 1):.2f}, shape {1 / len(SHAPES):.2f}, count 0.20, yes-no 0.50 or more."
+    )
     table = "\n".join(lines)
     print(table)
     if chosen.write:

@@ -1,6 +1,6 @@
 """Step 2: pebble's words, and a first checkpoint in each form: the trained tower, everything else at random.
 
-    python pebble/make.py --tower runs/pebble/tower.pt --output runs/pebble/start
+python pebble/make.py --tower runs/pebble/tower.pt --output runs/pebble/start
 """
 
 from __future__ import annotations
@@ -26,22 +26,29 @@ VOCAB = 512
 
 
 def tokenizer() -> Tokenizer:
-    """A byte-level BPE over what is said. Capitals and digits stand alone, so that a sign is spelled letter by letter."""
+    """A byte-level BPE over what is said. Capitals and digits stand alone: a sign is spelled letter by letter."""
     made = Tokenizer(models.BPE())
     alone = pre_tokenizers.Split(Regex("[A-Z0-9]"), "isolated")
     made.pre_tokenizer = pre_tokenizers.Sequence([alone, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     made.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=list(SPECIALS), show_progress=False
+        vocab_size=VOCAB,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=list(SPECIALS),
+        show_progress=False,
     )
     made.train_from_iterator((_said(index) for index in range(3000)), trainer)
-    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", made.token_to_id("<s>"))])
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", made.token_to_id("<s>"))]
+    )
     return made
 
 
 def _said(index: int) -> str:
     talk = turns(scene(index), random.Random(f"turns-{index}"))
-    messages = [Message(role, text) for turn in talk for role, text in (("user", turn.question), ("assistant", turn.answer))]
+    messages = [
+        Message(role, text) for turn in talk for role, text in (("user", turn.question), ("assistant", turn.answer))
+    ]
     return prompt_text(render(TEMPLATE, messages))
 
 
@@ -71,7 +78,12 @@ def main() -> None:
     words.mkdir(parents=True, exist_ok=True)
     made = tokenizer()
     made.save(str(words / "tokenizer.json"))
-    names = {"bos_token": "<s>", "eos_token": "<|im_end|>", "pad_token": "<pad>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    names = {
+        "bos_token": "<s>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<pad>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
     (words / "tokenizer_config.json").write_text(json.dumps(names, indent=1) + "\n", encoding="utf-8")
     assert all(len(made.encode(letter, add_special_tokens=False).ids) == 1 for letter in LETTERS)
     for form in ("1.5", "1.6"):

@@ -16,7 +16,15 @@ VISION = VisionConfig(image_px=TILE_PX, patch_px=PATCH_PX, width=192, layers=6, 
 def text(vocab: int) -> TextConfig:
     """The language model, for a vocabulary of this many rows."""
     return TextConfig(
-        vocab=vocab, width=256, layers=4, heads=4, kv_heads=2, head_width=64, ffn_width=640, max_positions=2048, tied_embeddings=True
+        vocab=vocab,
+        width=256,
+        layers=4,
+        heads=4,
+        kv_heads=2,
+        head_width=64,
+        ffn_width=640,
+        max_positions=2048,
+        tied_embeddings=True,
     )
 
 

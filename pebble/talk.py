@@ -48,7 +48,11 @@ def plural(shape: str, count: int) -> str:
 def _about_sign(sign: Sign, dice: random.Random) -> list[Turn]:
     return [
         Turn("word", dice.choice(SAYS), f"{sign.word}"),
-        Turn("colour", dice.choice(("What colour is the sign?", "Which colour does the sign have?")), f"{sign.colour.capitalize()}."),
+        Turn(
+            "colour",
+            dice.choice(("What colour is the sign?", "Which colour does the sign have?")),
+            f"{sign.colour.capitalize()}.",
+        ),
         _choice("choice", ["sign", dice.choice(SHAPES)], "sign", dice),
         Turn("yes-no", "Is there a sign?", "Yes."),
     ]
@@ -56,14 +60,34 @@ def _about_sign(sign: Sign, dice: random.Random) -> list[Turn]:
 
 def _about_things(things: tuple[Thing, ...], dice: random.Random) -> list[Turn]:
     shapes, colours = {thing.shape for thing in things}, {thing.colour for thing in things}
-    found = [Turn("count", dice.choice(("How many shapes are there?", "How many shapes do you see?", "Count the shapes.")), f"{COUNTS[len(things)].capitalize()}.")]
+    found = [
+        Turn(
+            "count",
+            dice.choice(("How many shapes are there?", "How many shapes do you see?", "Count the shapes.")),
+            f"{COUNTS[len(things)].capitalize()}.",
+        )
+    ]
     if len(shapes) == 1:
         (shape,) = shapes
-        found.append(Turn("shape", dice.choice(("What shape is it?", "Which shape is shown?", "Name the shape.")), f"{shape.capitalize()}."))
-        found.append(_choice("choice", [shape, *dice.sample([each for each in SHAPES if each != shape], 2)], shape, dice))
+        found.append(
+            Turn(
+                "shape",
+                dice.choice(("What shape is it?", "Which shape is shown?", "Name the shape.")),
+                f"{shape.capitalize()}.",
+            )
+        )
+        found.append(
+            _choice("choice", [shape, *dice.sample([each for each in SHAPES if each != shape], 2)], shape, dice)
+        )
     if len(colours) == 1:
         (colour,) = colours
-        found.append(Turn("colour", dice.choice(("What colour is it?", "Which colour is the shape?", "Name the colour.")), f"{colour.capitalize()}."))
+        found.append(
+            Turn(
+                "colour",
+                dice.choice(("What colour is it?", "Which colour is the shape?", "Name the colour.")),
+                f"{colour.capitalize()}.",
+            )
+        )
     wanted = dice.choice(things) if dice.random() < 0.5 else None
     colour, shape = (wanted.colour, wanted.shape) if wanted else (dice.choice(SHAPE_COLOURS), dice.choice(SHAPES))
     there = any((thing.colour, thing.shape) == (colour, shape) for thing in things)

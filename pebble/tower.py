@@ -52,8 +52,15 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     torch.manual_seed(1)
-    tower, head = initialised(VisionTower(VISION)), nn.Sequential(nn.LayerNorm(VISION.width), nn.Linear(VISION.width, CLASSES))
-    used = [weight for name, weight in tower.named_parameters() if f"layers.{VISION.layers - 1}." not in name and "post_" not in name]
+    tower, head = (
+        initialised(VisionTower(VISION)),
+        nn.Sequential(nn.LayerNorm(VISION.width), nn.Linear(VISION.width, CLASSES)),
+    )
+    used = [
+        weight
+        for name, weight in tower.named_parameters()
+        if f"layers.{VISION.layers - 1}." not in name and "post_" not in name
+    ]
     matrices = [weight for weight in used if weight.dim() == 2]
     rest = [weight for weight in used if weight.dim() != 2] + list(head.parameters())
     optimisers = [
@@ -89,14 +96,23 @@ def main() -> None:
         step += 1
         if step % 50 == 0:
             right_BP = scores_BPC.argmax(-1) == labels_BP
-            letter_BP, thing_BP = labels_BP >= CLASSES - len(LETTERS), (labels_BP > 0) & (labels_BP < CLASSES - len(LETTERS))
+            letter_BP, thing_BP = (
+                labels_BP >= CLASSES - len(LETTERS),
+                (labels_BP > 0) & (labels_BP < CLASSES - len(LETTERS)),
+            )
             rate = 50 * BATCH / (time.perf_counter() - started)
             started = time.perf_counter()
-            print(f"{step} loss {loss:.3f} things {right_BP[thing_BP].float().mean():.3f} letters {right_BP[letter_BP].float().mean():.3f} {rate:.0f}/s", flush=True)
+            print(
+                f"{step} loss {loss:.3f} things {right_BP[thing_BP].float().mean():.3f} "
+                f"letters {right_BP[letter_BP].float().mean():.3f} {rate:.0f}/s",
+                flush=True,
+            )
         if step % 100 == 0 or step == chosen.steps:
             beside = chosen.output.with_suffix(".part")
             saved = [optimiser.state_dict() for optimiser in optimisers]
-            torch.save({"tower": tower.state_dict(), "head": head.state_dict(), "optimisers": saved, "step": step}, beside)
+            torch.save(
+                {"tower": tower.state_dict(), "head": head.state_dict(), "optimisers": saved, "step": step}, beside
+            )
             os.replace(beside, chosen.output)
 
 

@@ -19,14 +19,17 @@ from samples import Scenes
 
 from pumice import checkpoints
 from pumice.train import Recipe, train
+from pumice.train.recipe import Part
 
+BOTH: tuple[Part, ...] = ("projector", "language_model")
+ALL: tuple[Part, ...] = (*BOTH, "vision_tower")
 STAGES = (
-    ("words", "1.5", Recipe("start/pebble-1.5", parts=("language_model",), steps=200, batch=16, rate=1.5e-3, seed=1)),
-    ("look", "1.5", Recipe("words/model", parts=("projector",), steps=80, batch=16, rate=2e-3, seed=2)),
-    ("read", "1.5", Recipe("look/model", parts=("projector", "language_model"), steps=900, batch=16, rate=1.5e-3, seed=3)),
-    ("all", "1.5", Recipe("read/model", parts=("projector", "language_model", "vision_tower"), steps=350, batch=16, rate=6e-4, tower_rate=3e-4, seed=4)),
-    ("tiles", "1.6", Recipe("all/tiled", parts=("projector", "language_model", "vision_tower"), steps=100, batch=8, rate=4e-4, tower_rate=1e-4, seed=5)),
-)  # fmt: skip
+    ("words", "1.5", Recipe("start/pebble-1.5", parts=("language_model",), steps=200, rate=1.5e-3, seed=1)),
+    ("look", "1.5", Recipe("words/model", parts=("projector",), steps=80, rate=2e-3, seed=2)),
+    ("read", "1.5", Recipe("look/model", parts=BOTH, steps=900, rate=1.5e-3, seed=3)),
+    ("all", "1.5", Recipe("read/model", parts=ALL, steps=350, rate=6e-4, tower_rate=3e-4, seed=4)),
+    ("tiles", "1.6", Recipe("all/tiled", parts=ALL, steps=100, batch=8, rate=4e-4, tower_rate=1e-4, seed=5)),
+)
 
 
 def main() -> None:

@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import tiny
 from PIL import Image
 
 import pumice
+import tiny
 from pumice import Sampling
 from pumice.cli import main
 from pumice.cli.paths import images_in
 
+AS_PUMICE = "import sys; sys.argv[0] = 'pumice'; from pumice.cli import main; main()"
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -81,7 +82,7 @@ def test_help_is_golden_and_light() -> None:
     pages = []
     for verb in ([], ["run"], ["show"], ["prompt"], ["list"]):
         done = subprocess.run(
-            [sys.executable, "-c", "import sys; sys.argv[0] = 'pumice'; from pumice.cli import main; main()", *verb, "--help"],
+            [sys.executable, "-c", AS_PUMICE, *verb, "--help"],
             capture_output=True, text=True, env=environment, check=True,
         )  # fmt: skip
         pages.append(done.stdout)
@@ -252,7 +253,8 @@ def test_a_typed_image_mark(command: Command, folder: Path, photo: Path) -> None
     ("arguments", "word"),
     [
         (["--temperature", "nan"], "temperature"), (["--max-tokens", "0"], "max_tokens"), (["--top-p", "2"], "top_p"),
-        (["--template", "vicunna_v1"], "vicuna_v1"), (["--dtype", "float12"], "float12"), (["--device", "abacus"], "abacus"),
+        (["--template", "vicunna_v1"], "vicuna_v1"), (["--dtype", "float12"], "float12"),
+        (["--device", "abacus"], "abacus"),
     ],
 )  # fmt: skip
 def test_bad_options(command: Command, folder: Path, arguments: list[str], word: str) -> None:

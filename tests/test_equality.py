@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import pumice
+import tiny
 from pumice import Question, Sampling
 from pumice.network import llava
 

@@ -11,14 +11,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import REFERENCE, reference
 from PIL import Image
 
 import pumice
+from conftest import REFERENCE, reference
 from pumice import Question, Sampling
 from pumice.model import Model
 
-MODELS = ["vicuna15-28", "vicuna15-56", "mistral15-42", "vicuna15-full", "vicuna16-28", "mistral16-28", "yi16-28", "vicuna16-56"]
+MODELS = [
+    "vicuna15-28",
+    "vicuna15-56",
+    "mistral15-42",
+    "vicuna15-full",
+    "vicuna16-28",
+    "mistral16-28",
+    "yi16-28",
+    "vicuna16-56",
+]
 ORIGINALS = ["llava-v1.5-tiny", "llava-v1.6-vicuna-tiny", "llava-v1.6-mistral-tiny"]
 LOGITS = 1e-3
 """The references' own tolerance for logits in float32, absolute (they agree within 2e-5)."""
@@ -80,7 +89,9 @@ def check(model: Model, sample: dict[str, Any], expected: dict[str, Any], prompt
 
 @cache
 def loaded(folder: str, beside: tuple[str, ...] = ()) -> Model:
-    return pumice.load(REFERENCE / "golden" / folder, dtype="float32", beside=[REFERENCE / "golden" / each for each in beside])
+    return pumice.load(
+        REFERENCE / "golden" / folder, dtype="float32", beside=[REFERENCE / "golden" / each for each in beside]
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -142,7 +153,9 @@ def test_a_lone_projector_over_its_language_model(tmp_path: Path) -> None:
     originals = reference("golden") / "models-original"
     for name in ("config.json", "mm_projector.bin"):
         shutil.copy(originals / "llava-v1.5-tiny" / name, tmp_path)
-    model = pumice.load(tmp_path, dtype="float32", beside=[originals / made["base"], originals / "llava-v1.5-tiny-clip"])
+    model = pumice.load(
+        tmp_path, dtype="float32", beside=[originals / made["base"], originals / "llava-v1.5-tiny-clip"]
+    )
     for sample in made["samples"]:
         # The authors' loader rounds the projector to float16 first; pumice keeps what the file holds.
         check(model, sample, sample, sample["prompt"], atol=1e-2)

@@ -15,24 +15,39 @@ PACKAGE = ROOT / "src" / "pumice"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 ROWS = {
-    "config": 1, "image": 1, "picture": 1, "prompt": 1, "tokenizer": 1, "errors": 0,
+    "errors": 0,
+    "config": 1, "image": 1, "picture": 1, "prompt": 1, "tokenizer": 1, "decoding": 1, "sentencepiece": 1,
     "ops": 2,
     "network": 3, "checkpoints": 3, "store": 3,
     "engine": 4,
-    "model": 5,
+    "question": 5, "model": 5,
     "train": 6,
     "cli": 7,
 }  # fmt: skip
 WITHIN_A_ROW = {
-    ("image", "config"), ("image", "picture"), ("prompt", "config"), ("tokenizer", "prompt"), ("store", "checkpoints"),
+    ("image", "config"), ("image", "picture"), ("picture", "config"), ("decoding", "sentencepiece"),
+    ("prompt", "config"), ("tokenizer", "prompt"), ("tokenizer", "decoding"),
+    ("tokenizer", "sentencepiece"), ("store", "checkpoints"), ("model", "question"),
 }  # fmt: skip
 """Imports inside one row that are allowed; a folder's own files are always free to import each other."""
 HOMES = {
-    "PIL": {"image", "picture"}, "pillow_heif": {"picture"}, "tokenizers": {"tokenizer"}, "safetensors": {"checkpoints"},
+    "PIL": {"image", "picture"}, "pillow_heif": {"picture"}, "tokenizers": {"tokenizer"},
+    "safetensors": {"checkpoints"},
     "typer": {"cli"}, "rich": {"cli"}, "transformers": set(), "ctypes": set(), "triton": set(), "ray": set(),
 }  # fmt: skip
 """Third-party names and the only rooms that may import them."""
-WITHOUT_TORCH = {"config", "image", "picture", "prompt", "tokenizer", "errors", "cli", "store"}
+WITHOUT_TORCH = {
+    "config",
+    "image",
+    "picture",
+    "prompt",
+    "tokenizer",
+    "decoding",
+    "sentencepiece",
+    "errors",
+    "cli",
+    "store",
+}
 
 
 def room(path: Path) -> str:
@@ -121,9 +136,16 @@ def test_no_guessing() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "hasattr":
                 wrong.append(where(path, node.lineno))
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr" and len(node.args) == 3:
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id == "getattr"
+                and len(node.args) == 3
+            ):
                 wrong.append(where(path, node.lineno))
-            if isinstance(node, ast.ExceptHandler) and (node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")):
+            if isinstance(node, ast.ExceptHandler) and (
+                node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")
+            ):
                 wrong.append(where(path, node.lineno))
     assert not wrong
 
@@ -139,7 +161,8 @@ def test_public_names() -> None:
 
 
 def test_import_is_light() -> None:
-    code = "import sys, pumice, pumice.cli; print([m for m in ('torch', 'numpy', 'PIL', 'tokenizers') if m in sys.modules])"
+    heavy = ("torch", "numpy", "PIL", "tokenizers")
+    code = f"import sys, pumice, pumice.cli; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -156,12 +179,19 @@ def test_readme_is_short_and_its_python_runs(tmp_path: Path) -> None:
 def test_readme_commands_run() -> None:
     """Every `pumice …` line of the README that names the bundled model or nothing at all."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    lines = [line for block in re.findall(r"```(?:sh|console)\n(.*?)```", text, flags=re.S) for line in block.splitlines()]
+    lines = [
+        line for block in re.findall(r"```(?:sh|console)\n(.*?)```", text, flags=re.S) for line in block.splitlines()
+    ]
     commands = [line.split(" #")[0].strip() for line in lines if line.startswith("pumice ") and "pebble" in line]
     assert commands
     for command in commands:
         done = subprocess.run(
-            f"{sys.executable} -m {command}", shell=True, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL
+            f"{sys.executable} -m {command}",
+            shell=True,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
         )
         assert done.returncode == 0, f"{command}\n{done.stderr}"
 

@@ -147,6 +147,7 @@ class Model(Prompter):
             pixels = torch.cat([torch.from_numpy(each.pixels) for each in images]).to(like.device, like.dtype)
             return self.network.encode(pixels, [each.grid for each in images])
 
+
 class _Opened:
     """One question under way: its request, and its answer as far as it has come."""
 

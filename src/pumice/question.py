@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pumice import prompt
 from pumice.config import ImageConfig, LlavaConfig, VisionConfig
 from pumice.engine.sampling import Sampling
 from pumice.errors import UserError
-from pumice.image import Image, ImageLike, Prepared, prepare, tile_pictures
+from pumice.image import ImageLike, Prepared, prepare, tile_pictures
 from pumice.prompt import Message, Part
 from pumice.tokenizer import Encoded, Tokenizer
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 Images = ImageLike | Sequence[ImageLike] | None
 
@@ -75,7 +79,7 @@ class Prompter:
         self.check_length(len(encoded.ids))
         return Seen(parts, encoded, images)
 
-    def views(self, images: Sequence[ImageLike]) -> list[list[Image.Image]]:
+    def views(self, images: Sequence[ImageLike]) -> list[list[Image]]:
         """The pictures behind the pixels, as the tower sees them: for each image its base view, then its tiles."""
         return [tile_pictures(each, *self.eyes()) for each in images]
 
@@ -116,4 +120,6 @@ def listed(image: Images) -> tuple[ImageLike, ...]:
     """One image, several or none, as a tuple."""
     if image is None:
         return ()
-    return tuple(image) if isinstance(image, list | tuple) else (image,)  # type: ignore[arg-type]
+    if isinstance(image, Sequence) and not isinstance(image, str | bytes):
+        return tuple(image)
+    return (image,)

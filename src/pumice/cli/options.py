@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import enum
 import sys
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pumice.question import Images, Question
 
 
-class Rule(str, enum.Enum):
+class Rule(enum.StrEnum):
     """Whose preprocessing images follow."""
 
     hf = "hf"
@@ -69,7 +69,7 @@ def question(prompt: str, images: list[str], *, system: str | None, raw: bool) -
     if "<image>" in text:
         raise UserError(
             "the prompt holds the mark <image>, which is plain text here",
-            hint="attach images with -i, they stand before the text; or send a prompt with marks as it stands with --raw",
+            hint="attach images with -i, they stand before the text; --raw sends a prompt with marks as it stands",
         )
     attached: Images = [*images, *named]
     return Question(text, attached, system)

@@ -7,6 +7,7 @@ V vocabulary
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,11 +36,11 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] = ()
     max_tokens: int = 512
 
     def __post_init__(self) -> None:
-        # A list is what people write; a frozen value wants a tuple.
+        # One text or a list is what people write; a frozen value wants a tuple.
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         _check("temperature", self.temperature, 0.0, 100.0)
         _check("top_k", self.top_k, 0, 2**31)

@@ -61,7 +61,8 @@ class Attention(nn.Module):
         return self.o_proj(mixed_BHTE.transpose(1, 2).flatten(2))
 
     def _heads(self, x_BTX: Tensor) -> Tensor:
-        return x_BTX.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+        rows, tokens, _ = x_BTX.shape
+        return x_BTX.view(rows, tokens, -1, self.head_width).transpose(1, 2)
 
 
 class Mlp(nn.Module):

@@ -2,7 +2,8 @@
 
 N tiles · P tokens of a tile · R, C tile rows and columns · Y, X rows and columns of the feature map · D width of the
 language model · B rows of a batch · T positions
-Sources: Liu et al. 2023 (arXiv 2304.08485, 2310.03744); tile merge: LLaVA llava_arch.py, prepare_inputs_labels_for_multimodal.
+Sources: Liu et al. 2023 (arXiv 2304.08485, 2310.03744); tile merge: LLaVA llava_arch.py,
+prepare_inputs_labels_for_multimodal.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ class Llava(nn.Module):
         """
         tiles_NPD = self.multi_modal_projector(self.vision_tower(pixels_N3YX))
         per_image = tiles_NPD.split([grid.tiles for grid in grids])
-        return [merge(tiles, grid, self.image_newline if grid.newline else None) for tiles, grid in zip(per_image, grids)]
+        return [
+            merge(tiles, grid, self.image_newline if grid.newline else None) for tiles, grid in zip(per_image, grids)
+        ]
 
     def embed(self, ids_BT: Tensor, features: Sequence[Tensor]) -> Tensor:
         """Text embeddings, (B, T, D), with the features of the images, in order, where the ids are the image token."""

@@ -146,7 +146,7 @@ def _step(
         group["lr"] = group["peak"] * share
     optimiser.zero_grad(set_to_none=True)
     loss = loss_of(network, batch)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     learning = [weight for group in optimiser.param_groups for weight in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(learning, recipe.clip_norm)
     if not math.isfinite(float(norm)):

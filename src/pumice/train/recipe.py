@@ -71,7 +71,8 @@ def read_recipe(path: Path) -> Recipe:
             raise UserError(f"{path}: {key} is {value!r}", hint=f"give a value of the kind {fields[key]}")
     if "model" not in raw:
         raise UserError(f"{path} names no model", hint="add the key `model`: a checkpoint to start from")
-    return Recipe(**{key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()})
+    checked: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
+    return Recipe(**checked)
 
 
 def _fits(value: Any, kind: str) -> bool:

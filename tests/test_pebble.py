@@ -1,0 +1,113 @@
+"""The bundled model: what it says of fresh pictures, who else can load it, and that its questions are true."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import pumice
+from pumice import Question, Sampling
+from pumice.model import Model
+
+ROOT = Path(__file__).resolve().parent.parent
+FORMS = ["pebble", "pebble:1.5"]
+
+
+@pytest.fixture(scope="module")
+def drawing() -> Path:
+    """pebble/'s own modules, where the fonts and the word list that they need are installed."""
+    fonts, words = Path("/usr/share/fonts/truetype/liberation"), Path("/usr/share/dict/american-english")
+    if not (fonts.is_dir() and words.exists()):
+        pytest.skip("drawing needs fonts-liberation, fonts-dejavu-core and wamerican")
+    sys.path.insert(0, str(ROOT / "pebble"))
+    return ROOT / "pebble"
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def model(request: pytest.FixtureRequest) -> Model:
+    return pumice.load(request.param)
+
+
+def disc(colour: str) -> Image.Image:
+    picture = Image.new("RGB", (300, 300), (236, 224, 204))
+    ImageDraw.Draw(picture).ellipse((70, 60, 230, 220), fill=colour)
+    return picture
+
+
+@pytest.mark.parametrize(
+    "colour", [("Red.", "#d62828"), ("Blue.", "#2854d6"), ("Green.", "#26943c")], ids=lambda each: each[0]
+)
+def test_it_names_colours_it_sees(model: Model, colour: tuple[str, str]) -> None:
+    assert model.ask("What colour is it?", disc(colour[1])).text == colour[0]
+
+
+def test_it_looks_at_the_picture(model: Model) -> None:
+    asked = [Question("Describe the picture.", disc(each)) for each in ("#d62828", "#2854d6")]
+    first, second = model.ask_all(asked)
+    assert first.text != second.text
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_transformers_gives_the_same_answer(name: str) -> None:
+    """The bundled folders are ordinary checkpoints: the oracle reads them and agrees, token by token."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from pumice import store
+
+    folder = store.resolve(name)
+    oracle = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(folder)
+    model = pumice.load(name, dtype="float32", preprocess="hf")
+    picture = disc("#d62828")
+    text = "<|im_start|>user\n<image>\nWhat colour is it?<|im_end|><|im_start|>assistant\n"
+    inputs = processor(images=[picture], text=text, return_tensors="pt")
+    made = oracle.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
+    ours = model.answer(Question(text, picture, sampling=Sampling(max_tokens=12), raw=True))
+    assert list(ours.tokens) == made
+
+
+def test_size() -> None:
+    for folder in (ROOT / "src" / "pumice" / "pebble").iterdir():
+        assert sum(each.stat().st_size for each in folder.iterdir()) < 12.5e6
+
+
+def test_scenes_are_the_same_for_the_same_number(drawing: Path) -> None:
+    from draw import paint, scene, words
+
+    assert [scene(index) for index in range(30)] == [scene(index) for index in range(30)]
+    assert paint(scene(7), 96).tobytes() == paint(scene(7), 96).tobytes()
+    assert not set(words(True)) & set(words(False))
+    assert scene(3) != scene(3, split="test")
+
+
+def test_answers_are_true_of_the_picture(drawing: Path) -> None:
+    """Counted again from the pixels: the named colour is what most painted pixels have."""
+    from draw import COLOURS, paint, scene
+    from talk import turns
+
+    for index in range(40):
+        shown = scene(index, kind="shapes")
+        picture = paint(shown, 192)
+        said = {turn.task: turn for turn in turns(shown, random.Random(index))}
+        if "colour" in said:
+            name = said["colour"].answer.rstrip(".").lower()
+            painted = [pixel for _, pixel in picture.getcolors(192**2) or [] if pixel == COLOURS[name]]
+            assert painted, (index, name)
+        total = next((turn for turn in turns(shown, random.Random(index)) if "shapes" in turn.question), None)
+        assert total is not None
+
+
+def test_patch_labels_lie_on_what_they_name(drawing: Path) -> None:
+    from draw import CLASSES, patches, scene
+
+    for index in range(20):
+        picture, labels = patches(scene(index), 96, 12)
+        assert picture.size == (96, 96)
+        assert len(labels) == 64
+        assert any(labels)
+        assert all(0 <= label < CLASSES for label in labels)
