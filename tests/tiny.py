@@ -27,7 +27,7 @@ PATCH_PX = 14
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
 WORDS = """A chat between a curious user and an artificial intelligence assistant USER ASSISTANT INST What is shown in
-this image the sign says stop and go red green blue circle square star three two one Describe briefly how many colours"""
+this image the sign says stop and go red green blue circle square star three two one Describe briefly how many"""
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,7 @@ def _write_weights(folder: Path, state: Mapping[str, Tensor], dtype: torch.dtype
         # One shard at a time in memory; the CPU because the writer reads bytes.
         tensors = {hub_key(name, eyes=eyes): state[name].detach().to("cpu", dtype).contiguous() for name in names}
         save_file(tensors, str(folder / file), metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # save_file makes it private
         for key, tensor in tensors.items():
             weight_map[key] = file
             total += tensor.nbytes

@@ -66,7 +66,7 @@ def described(checkpoint: Checkpoint) -> dict[str, object]:
             "canvases": " ".join(f"{width}x{height}" for height, width in image.pinpoints) or "none: one view an image",
         }
     facts |= {
-        "language_model": f"{text.layers} layers, width {text.width}, {text.heads} heads, {text.kv_heads} of keys and values",
+        "language_model": f"{text.layers} layers, width {text.width}, {text.heads} heads over {text.kv_heads}",
         "vocabulary": text.vocab,
         "positions": text.max_positions,
         "rope_theta": text.rope_theta,

@@ -1,0 +1,196 @@
+"""What a user holds: answers, streams, chats, batches, and the errors of each."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import pumice
+import tiny
+from pumice import Exchange, Question, Sampling, UserError
+from pumice.model import Model
+
+FEW = Sampling(max_tokens=16)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.hf_folder(tmp_path_factory.mktemp("model") / "tiny", family="1.6", lm="mistral", seed=3)
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Model:
+    return pumice.load(folder)
+
+
+def picture(seed: int, size: tuple[int, int] = (70, 40)) -> Image.Image:
+    torch.manual_seed(seed)
+    return Image.fromarray(torch.randint(0, 256, (size[1], size[0], 3), dtype=torch.uint8).numpy())
+
+
+def test_an_image_comes_in_many_forms(model: Model, tmp_path: Path) -> None:
+    image = picture(0)
+    image.save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    text = base64.b64encode(data).decode()
+    expected = model.ask("What?", image, sampling=FEW)
+    for form in (str(tmp_path / "a.png"), tmp_path / "a.png", data, text, f"data:image/png;base64,{text}", [image]):
+        assert model.ask("What?", form, sampling=FEW).tokens == expected.tokens
+
+
+def test_a_stream_is_the_answer_in_pieces(model: Model) -> None:
+    stream = model.stream("What?", picture(1), sampling=FEW)
+    pieces = list(stream)
+    assert len(pieces) > 1
+    assert "".join(pieces) == stream.answer.text == model.ask("What?", picture(1), sampling=FEW).text
+    assert stream.answer.text == stream.answer.text.strip()
+
+
+def test_an_answer_tells_how_it_came_about(model: Model) -> None:
+    answer = model.ask("What?", [picture(1), picture(2, (30, 90))], sampling=FEW)
+    seen = model.see(Question("What?", [picture(1), picture(2, (30, 90))]))
+    assert answer.image_tokens == tuple(each.grid.tokens for each in seen.images)
+    assert answer.prompt_tokens == len(seen.encoded.ids)
+    assert len(answer.tokens) == 1 + answer.timings.decoded_tokens
+    assert answer.timings.prefill_s > 0
+    assert answer.timings.total_s >= answer.timings.prefill_s + answer.timings.encode_s
+
+
+def test_a_chat_is_a_question_with_history(model: Model) -> None:
+    chat = model.chat(system="Be brief.", sampling=FEW)
+    first = chat.ask("What is it?", picture(3))
+    second = chat.ask("And why?")
+    history = (Exchange("What is it?", first.text, (picture(3),)),)
+    asked = Question("And why?", system="Be brief.", history=history, sampling=FEW)
+    assert model.answer(asked).tokens == second.tokens
+    assert [turn.answer for turn in chat.history] == [first.text, second.text]
+    chat.clear()
+    assert chat.ask("What is it?", picture(3)).tokens == first.tokens
+
+
+def test_a_turn_that_fails_leaves_the_chat_whole(model: Model) -> None:
+    chat = model.chat(sampling=FEW)
+    chat.ask("Hi")
+    with pytest.raises(UserError):
+        chat.ask("Look", "nowhere.png")
+    assert len(chat.history) == 1
+
+
+def test_a_batch_with_its_own_settings_a_row(model: Model) -> None:
+    """More rows than fit side by side, unequal limits, a stop text in one of them."""
+    text = model.ask("Say something", sampling=Sampling(max_tokens=30)).text
+    stop = Sampling(max_tokens=30, stop=[text[4:7]])
+    questions = [Question("Say something", sampling=stop)]
+    questions += [
+        Question(
+            f"What {n}?", picture(n) if n % 2 else None, sampling=Sampling(2 / 9 * n, seed=n, max_tokens=2 + 3 * n)
+        )
+        for n in range(10)
+    ]  # fmt: skip
+    for question, answer in zip(questions, model.ask_all(questions)):
+        alone = model.answer(question)
+        assert (answer.text, answer.finish_reason) == (alone.text, alone.finish_reason)
+    assert model.ask_all(questions[:1])[0].text == text[: text.index(text[4:7])].rstrip()
+    assert model.ask_all(questions[:1])[0].finish_reason == "stop"
+    assert model.ask_all([]) == []
+
+
+def test_literal_marks_of_a_user_are_text(model: Model) -> None:
+    seen = model.see(Question("What do <image>, </s> and [INST] mean?", picture(1)))
+    assert len(seen.encoded.images) == 1
+    assert seen.encoded.ids.count(model.config.image_token_id) == seen.images[0].grid.tokens
+    assert model.config.stop_ids[0] not in seen.encoded.ids
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bits_stay_near(folder: Path, model: Model, dtype: str) -> None:
+    """Scores of the first token differ by rounding only."""
+    narrow = pumice.load(folder, dtype=dtype)
+    assert {weight.dtype for weight in narrow.network.parameters()} == {getattr(torch, dtype)}
+    seen = model.see(Question("What?", picture(5)))
+
+    def scores(each: Model) -> torch.Tensor:
+        network = each.network
+        pixels = torch.from_numpy(seen.images[0].pixels).to(getattr(torch, dtype) if each is narrow else torch.float32)
+        with torch.inference_mode():
+            features = network.encode(pixels, [seen.images[0].grid])
+            return network.logits(network(network.embed(torch.tensor([seen.encoded.ids]), features))[0, -1]).float()
+
+    exact = scores(model)
+    assert float((scores(narrow) - exact).abs().max()) < 0.06 * float(exact.abs().max())
+    assert narrow.ask("What?", picture(5), sampling=FEW).tokens
+
+
+def test_weights_are_the_file_s_own_memory(folder: Path) -> None:
+    """Nothing is copied when type and device stay: the tensors lie in the mapped file."""
+    network = pumice.load(folder).network
+    weights = list(network.parameters())
+    span = max(each.data_ptr() for each in weights) - min(each.data_ptr() for each in weights)
+    assert span < (folder / "model.safetensors").stat().st_size
+
+
+def test_the_context_ends_the_answer(tmp_path: Path) -> None:
+    import json
+
+    short = tiny.hf_folder(tmp_path / "short", lm="vicuna", seed=11)
+    raw = json.loads((short / "config.json").read_text(encoding="utf-8"))
+    raw["text_config"]["max_position_embeddings"] = 120
+    (short / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    model = pumice.load(short)
+    answer = model.ask("USER: Hi ASSISTANT:", sampling=Sampling(max_tokens=10_000), raw=True)
+    assert answer.finish_reason == "stop" or answer.prompt_tokens + len(answer.tokens) == 121
+    with pytest.raises(UserError, match="120 positions"):
+        model.ask("word " * 200)
+
+
+@pytest.mark.parametrize(
+    ("question", "words"),
+    [
+        (Question("one <image> two", raw=True), "1 <image> marks"),
+        (Question("none", io.BytesIO().getvalue(), raw=True), "empty"),
+        (Question("x", raw=True, system="s"), "raw prompt"),
+        (Question("x", raw=True, history=(Exchange("a", "b"),)), "raw prompt"),
+    ],
+    ids=["marks", "bytes", "system", "history"],
+)
+def test_questions_that_cannot_be(model: Model, question: Question, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        model.answer(question)
+
+
+def test_ids_with_the_wrong_number_of_image_tokens(model: Model) -> None:
+    ids = model.see(Question("What?", picture(1))).encoded.ids
+    with pytest.raises(UserError, match="image tokens"):
+        model.generate([*ids[:-1], model.config.image_token_id], picture(1))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"dtype": "float8"}, {"device": "abacus"}, {"template": "nope"}, {"preprocess": "nope"}]
+)
+def test_bad_choices_on_load(folder: Path, wrong: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=next(iter(wrong.values()))):
+        pumice.load(folder, **wrong)  # type: ignore[arg-type]
+
+
+def test_the_plain_operations_give_the_same_answer(folder: Path, model: Model) -> None:
+    code = f"import pumice; print(pumice.load({str(folder)!r}).ask('What is it?', sampling=pumice.Sampling(max_tokens=16)).tokens)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PUMICE_OPS": "reference"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == str(model.ask("What is it?", sampling=FEW).tokens)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PUMICE_OPS": "fast"}, capture_output=True, text=True
+    )
+    assert "PUMICE_OPS is 'fast'" in done.stderr
