@@ -181,16 +181,13 @@ def test_bad_choices_on_load(folder: Path, wrong: dict[str, str]) -> None:
 
 
 def test_the_plain_operations_give_the_same_answer(folder: Path, model: Model) -> None:
-    code = f"import pumice; print(pumice.load({str(folder)!r}).ask('What is it?', sampling=pumice.Sampling(max_tokens=16)).tokens)"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PUMICE_OPS": "reference"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.strip() == str(model.ask("What is it?", sampling=FEW).tokens)
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PUMICE_OPS": "fast"}, capture_output=True, text=True
-    )
-    assert "PUMICE_OPS is 'fast'" in done.stderr
+    code = f"""import pumice
+model = pumice.load({str(folder)!r})
+print(model.ask("What is it?", sampling=pumice.Sampling(max_tokens=16)).tokens)"""
+
+    def under(name: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PUMICE_OPS": name}
+        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+    assert under("reference").stdout.strip() == str(model.ask("What is it?", sampling=FEW).tokens)
+    assert "PUMICE_OPS is 'fast'" in under("fast").stderr
