@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+
+# Tiny networks: a second thread costs more than it brings, and the tests run in two processes.
+torch.set_num_threads(1)
 
 HERE = Path(__file__).resolve().parent
 REFERENCE = HERE.parent.parent / "shared"

@@ -278,12 +278,23 @@ class Source:
         """The checkpoint with these choices applied, its weights not yet read."""
         base, tower = checkpoints.companions([Path(each) for each in self.beside])
         found = checkpoints.read(store.resolve(self.name), base=base, tower=tower, template=self.template)
+        if self.template is not None:
+            found = _ending_with(found, prompt.TEMPLATES[found.config.template].end)
         if self.preprocess is None or found.config.image is None:
             return found
         if self.preprocess not in ("hf", "original"):
             raise UserError(f"preprocess is {self.preprocess!r}", hint="give hf or original")
         config = dataclasses.replace(found.config, image=found.config.image.under(self.preprocess))
         return dataclasses.replace(found, config=config)
+
+
+def _ending_with(found: checkpoints.Checkpoint, end: str) -> checkpoints.Checkpoint:
+    """The checkpoint with one more end token: that of a template which is not the one it was trained with."""
+    token = found.tokenizer.id_of(end) if end else None
+    if token is None or token in found.config.stop_ids:
+        return found
+    stop_ids = (*found.config.stop_ids, token)
+    return dataclasses.replace(found, config=dataclasses.replace(found.config, stop_ids=stop_ids))
 
 
 def load(
