@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -195,3 +197,18 @@ def _drawn(image: dict[str, object]) -> Image.Image:
         case other:
             raise AssertionError(f"no formula for {other!r}")
     return Image.fromarray(np.stack([channel % 256 for channel in channels], axis=-1).astype(np.uint8))
+
+
+def test_the_shipped_recipes_are_read() -> None:
+    recipes = sorted((Path(__file__).resolve().parent.parent / "recipes").glob("*.toml"))
+    assert [read_recipe(path).parts for path in recipes] == [("projector",), ("projector", "language_model")]
+    assert [read_recipe(path).rate for path in recipes] == [1e-3, 2e-5]
+
+
+def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text('model = "pebble"\nraet = 1.0\n', encoding="utf-8")
+    command = [sys.executable, "-m", "pumice.train", str(tmp_path / "r.toml"), "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "'raet'" in done.stderr
+    assert "'rate'" in done.stderr
