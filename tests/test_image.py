@@ -252,10 +252,13 @@ def test_equal_pixels_have_equal_digests_and_others_have_others() -> None:
 
 
 def test_equal_bytes_in_another_shape_have_another_digest() -> None:
-    black = Image.new("RGB", (336, 336))
-    wide = ImageConfig("anyres", 336, 336, MEAN, STD, pinpoints=((336, 672),))
-    tall = ImageConfig("anyres", 336, 336, MEAN, STD, pinpoints=((672, 672),))
-    assert prepare(black, wide, VISION).digest != prepare(black, tall, VISION).digest
+    """One black tile of 336 and four of 168 are the same bytes when all channels are scaled alike (CVE-2025-46722)."""
+    black, gray = Image.new("RGB", (10, 10)), (0.5, 0.5, 0.5)
+    one = prepare(black, ImageConfig("crop", 336, 336, gray, gray), VISION)
+    small = VisionConfig(image_px=168, patch_px=14, width=64, layers=2, heads=4, ffn_width=128)
+    four = prepare(black, ImageConfig("anyres", 168, 168, gray, gray, pinpoints=((168, 504),)), small)
+    assert one.pixels.tobytes() == four.pixels.tobytes()
+    assert one.digest != four.digest
 
 
 @pytest.mark.parametrize(
