@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import os
 import sys
 from collections.abc import Callable
@@ -56,6 +55,9 @@ def _options(
     version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
 ) -> None:
     if version:
+        # Its import takes longer than all of --help.
+        import importlib.metadata
+
         print(f"pumice {importlib.metadata.version('pumice')}")
         raise typer.Exit
 
