@@ -62,7 +62,7 @@ def test_transformers_gives_the_same_answer(name: str) -> None:
     folder = store.resolve(name)
     oracle = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(folder)
-    model = pumice.load(name, dtype="float32",)
+    model = pumice.load(name, dtype="float32")
     picture = disc("#d62828")
     text = "<|im_start|>user\n<image>\nWhat colour is it?<|im_end|><|im_start|>assistant\n"
     inputs = processor(images=[picture], text=text, return_tensors="pt")
