@@ -3,8 +3,8 @@
     python pebble/train.py --output runs/pebble [--threads 2]
 
 words: the language model alone, on the text of the conversations; look: the projector alone (LLaVA's stage 1); read:
-projector and language model (LLaVA 1.5's stage 2); all: the tower too (1.6's stage 2); tiles: the 1.6 form, from the
-trained 1.5 form, whose weights it shares but for the newline vector.
+projector and language model (LLaVA 1.5's stage 2); all: the tower too (1.6's stage 2); tiles and more: the 1.6 form,
+from the trained 1.5 form, whose weights it starts with but for the newline vector.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ STAGES = (
     ("read", "1.5", Recipe("look/model", parts=BOTH, steps=900, rate=1.5e-3, seed=3)),
     ("all", "1.5", Recipe("read/model", parts=ALL, steps=350, rate=6e-4, tower_rate=3e-4, seed=4)),
     ("tiles", "1.6", Recipe("all/tiled", parts=ALL, steps=100, batch=8, rate=4e-4, tower_rate=1e-4, seed=5)),
+    ("more", "1.6", Recipe("tiles/model", parts=ALL, steps=130, batch=8, rate=4e-4, tower_rate=1e-4, seed=6)),
 )
 
 

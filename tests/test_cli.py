@@ -26,6 +26,7 @@ from pumice import Sampling
 from pumice.cli import main
 from pumice.cli.paths import images_in
 
+PIPES = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
 AS_PUMICE = "import sys; sys.argv[0] = 'pumice'; from pumice.cli import main; main()"
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -134,7 +135,9 @@ def test_prompt_shows_what_the_model_sees(command: Command, folder: Path, photo:
     assert f"total: {len(seen.encoded.ids)} tokens" in done.out
     saved = sorted((tmp_path / "tiles").glob("*.png"))
     assert len(saved) == seen.images[0].grid.tiles
-    assert all(Image.open(path).size == (28, 28) for path in saved)
+    for path in saved:
+        with Image.open(path) as tile:
+            assert tile.size == (28, 28)
     listed = [line.split() for line in command("prompt", folder, "What is it?", "-i", photo, "--all").out.splitlines()]
     assert [int(words[0]) for words in listed if words and words[0].isdigit()] == seen.encoded.ids
     assert json.loads(command("prompt", folder, "What is it?", "-i", photo, "--json").out)["ids"] == seen.encoded.ids
@@ -305,42 +308,34 @@ def started(*arguments: object, **options: object) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-m", "pumice", *map(str, arguments)], **options)  # type: ignore[call-overload,no-any-return]
 
 
-def test_ctrl_c_ends_with_130(folder: Path) -> None:
-    process = started(
-        "run",
-        folder,
-        "Hi",
-        "--max-tokens",
-        7000,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    assert process.stdout is not None
-    assert process.stdout.read(1)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+@pytest.fixture(scope="session")
+def endless(folder: Path) -> Path:
+    """The same model with an end token that its greedy answer to "Hi" does not come to."""
+    said = set(pumice.load(folder).ask("Hi", sampling=Sampling(max_tokens=600)).tokens)
+    copied = Path(shutil.copytree(folder, folder.parent / "endless"))
+    unsaid = next(token for token in range(10, 300) if token not in said)
+    (copied / "generation_config.json").write_text(json.dumps({"eos_token_id": unsaid}), encoding="utf-8")
+    return copied
+
+
+def test_ctrl_c_ends_with_130(endless: Path) -> None:
+    with started("run", endless, "Hi", "--max-tokens", 7000, **PIPES) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert b"Traceback" not in err
 
 
-def test_a_reader_that_leaves_is_no_error(folder: Path) -> None:
-    process = started(
-        "run",
-        folder,
-        "Hi",
-        "--max-tokens",
-        3000,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    assert process.stdout is not None
-    assert process.stdout.read(1)
-    process.stdout.close()
-    assert process.wait(timeout=120) == 0
-    assert process.stderr is not None
-    assert process.stderr.read() == b""
+def test_a_reader_that_leaves_is_no_error(endless: Path) -> None:
+    with started("run", endless, "Hi", "--max-tokens", 3000, **PIPES) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1)
+        process.stdout.close()
+        assert process.wait(timeout=120) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
 
 
 def test_chat_on_a_terminal(folder: Path, photo: Path) -> None:
