@@ -1,5 +1,7 @@
 """What `make demo` runs: the bundled model looks at bundled pictures. No network, no other file.
 
+pebble is in its first form: colours and shapes are its strength (pebble/README.md has the figures).
+
 python examples/demo.py
 """
 
@@ -9,11 +11,12 @@ import pumice
 
 PICTURES = Path(__file__).resolve().parent.parent / "docs" / "images"
 ASKED = (
-    ("sign.png", "What does the sign say?"),
-    ("sign.png", "Describe the picture."),
-    ("shapes.png", "Describe the picture."),
-    ("shapes.png", "How many shapes are there?"),
+    ("star.png", "What colour is it?"),
     ("star.png", "Is it a circle, a square or a star?"),
+    ("shapes.png", "What shape is it?"),
+    ("shapes.png", "Describe the picture."),
+    ("sign.png", "What colour is the sign?"),
+    ("sign.png", "What does the sign say?"),
 )
 
 model = pumice.load("pebble")
