@@ -319,7 +319,11 @@ def endless(folder: Path) -> Path:
 
 
 def test_ctrl_c_ends_with_130(endless: Path) -> None:
-    with started("run", endless, "Hi", "--max-tokens", 7000, **PIPES) as process:
+    def heed() -> None:
+        # A job in the background of a script is started with this signal ignored.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with started("run", endless, "Hi", "--max-tokens", 7000, preexec_fn=heed, **PIPES) as process:
         assert process.stdout is not None
         assert process.stdout.read(1)
         process.send_signal(signal.SIGINT)
