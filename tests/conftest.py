@@ -13,6 +13,18 @@ torch.set_num_threads(1)
 HERE = Path(__file__).resolve().parent
 REFERENCE = HERE.parent.parent / "shared"
 
+GOLDEN_MODELS = (
+    "vicuna15-28",
+    "vicuna15-56",
+    "mistral15-42",
+    "vicuna15-full",
+    "vicuna16-28",
+    "mistral16-28",
+    "yi16-28",
+    "vicuna16-56",
+)
+"""The tiny models whose results generate.json holds."""
+
 
 def reference(name: str) -> Path:
     """A file or folder of the reference results beside the repository; the test is skipped where there is none."""

@@ -14,20 +14,10 @@ import torch
 from PIL import Image
 
 import pumice
-from conftest import REFERENCE, reference
+from conftest import GOLDEN_MODELS, REFERENCE, reference
 from pumice import Question, Sampling
 from pumice.model import Model
 
-MODELS = [
-    "vicuna15-28",
-    "vicuna15-56",
-    "mistral15-42",
-    "vicuna15-full",
-    "vicuna16-28",
-    "mistral16-28",
-    "yi16-28",
-    "vicuna16-56",
-]
 ORIGINALS = ["llava-v1.5-tiny", "llava-v1.6-vicuna-tiny", "llava-v1.6-mistral-tiny"]
 LOGITS = 1e-3
 """The references' own tolerance for logits in float32, absolute (they agree within 2e-5)."""
@@ -94,7 +84,7 @@ def loaded(folder: str, beside: tuple[str, ...] = ()) -> Model:
     )
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", GOLDEN_MODELS)
 def test_as_transformers(name: str) -> None:
     for sample in entry(name)["samples"]:
         model = loaded(f"models/{name}")
@@ -103,7 +93,7 @@ def test_as_transformers(name: str) -> None:
         check(model, sample, sample, sample["prompt"])
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", GOLDEN_MODELS)
 def test_the_folder_s_own_template(name: str) -> None:
     sample = entry(name)["samples"][0]
     model = loaded(f"models/{name}")

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 import tiny
-from conftest import reference
+from conftest import GOLDEN_MODELS, reference
 from pumice import checkpoints
 from pumice.errors import UserError
 from pumice.image import prepare
@@ -27,20 +27,10 @@ from pumice.train import JsonDataset, Recipe, Sample, read_recipe, train
 from pumice.train.data import IGNORED, Row, collate
 from pumice.train.loop import build, loss_of, part_of
 
-GOLDEN = (
-    "vicuna15-28",
-    "vicuna15-56",
-    "mistral15-42",
-    "vicuna15-full",
-    "vicuna16-28",
-    "mistral16-28",
-    "yi16-28",
-    "vicuna16-56",
-)
 COLOURS = {"red": (200, 30, 30), "blue": (30, 30, 200), "green": (30, 160, 30)}
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("name", GOLDEN_MODELS)
 def test_loss_and_gradients_are_those_of_transformers(name: str) -> None:
     """The golden's tolerances: 1e-4 for a loss, 1e-3 relative for the norm of a gradient."""
     entries = json.loads(reference("golden/generate.json").read_text(encoding="utf-8"))["models"]
