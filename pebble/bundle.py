@@ -14,7 +14,7 @@ import torch
 from pumice import checkpoints
 
 PACKAGE = Path(__file__).resolve().parent.parent / "src" / "pumice" / "pebble"
-FORMS = {"pebble-1.5": "all/model", "pebble-1.6": "more/model"}
+FORMS = {"pebble-1.5": "all/model", "pebble-1.6": "tiles/model"}
 
 
 def main() -> None:

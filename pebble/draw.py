@@ -1,7 +1,7 @@
 """What pebble is shown: shapes and signs, drawn by number, so that picture 4711 is the same picture everywhere.
 
 A picture is a `Scene`: what is in it (the truth that questions are made from), its pixels, and for the tower's own
-training which thing each patch shows. Needs the fonts of Debian's fonts-dejavu-core and fonts-liberation.
+training what each patch shows. Needs the fonts of Debian's fonts-dejavu-core and fonts-liberation.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import functools
 import math
 import random
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 COLOURS = {
@@ -35,6 +37,13 @@ DARK = ("red", "green", "blue", "purple", "black")
 
 CLASSES = 1 + len(SHAPES) * len(SHAPE_COLOURS) + len(COLOURS) + len(LETTERS)
 """What a patch can show: nothing, a shape of a colour, a sign's board of a colour, a letter."""
+MOST_LETTERS, MOST_THINGS = 4, 5
+PLACES = MOST_LETTERS + MOST_THINGS
+"""A letter's place in its word, or how many things there are of a thing's kind."""
+TOTALS = MOST_LETTERS + MOST_THINGS
+"""How many letters the word has, or how many things the picture shows."""
+UNKNOWN = -100
+"""The label of a patch about which nothing is asked; PyTorch's losses pass over it."""
 SMOOTH = 2
 """Pictures are drawn this much larger and reduced."""
 
@@ -153,21 +162,32 @@ def paint(scene: Scene, edge_px: int) -> Image.Image:
     return _painted(scene, edge_px)[0]
 
 
-def patches(scene: Scene, edge_px: int, patch_px: int) -> tuple[Image.Image, list[int]]:
-    """The picture, and the class of each patch, row by row: what covers its middle."""
+def patches(scene: Scene, edge_px: int, patch_px: int) -> tuple[Image.Image, np.ndarray]:
+    """The picture, and what covers the middle of each patch: (rows, columns, 3), a class of
+    CLASSES, PLACES and TOTALS."""
     picture, boxes = _painted(scene, edge_px)
     side = edge_px // patch_px
-    labels = [0] * side**2
-    for (left, top, right, bottom), kind in boxes:
-        for row in range(max(0, int(top // patch_px)), min(side, int(bottom // patch_px) + 1)):
-            for column in range(max(0, int(left // patch_px)), min(side, int(right // patch_px) + 1)):
-                x, y = (column + 0.5) * patch_px, (row + 0.5) * patch_px
-                if left <= x <= right and top <= y <= bottom:
-                    labels[row * side + column] = kind
+    labels = np.full((side, side, 3), UNKNOWN)
+    labels[..., 0] = 0
+    for box in boxes:
+        # The patches whose middle lies inside: middle = (place + 0.5) * patch_px.
+        across, down = (
+            slice(max(0, math.ceil(low / patch_px - 0.5)), max(0, math.floor(high / patch_px - 0.5) + 1))
+            for low, high in ((box.left, box.right), (box.top, box.bottom))
+        )
+        labels[down, across] = box.label
     return picture, labels
 
 
-Box = tuple[tuple[float, float, float, float], int]
+@dataclass(frozen=True)
+class Box:
+    """Where something is, in pixels, and its label: a class of CLASSES, PLACES and TOTALS."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+    label: tuple[int, int, int]
 
 
 def _painted(scene: Scene, edge_px: int) -> tuple[Image.Image, list[Box]]:
@@ -175,13 +195,15 @@ def _painted(scene: Scene, edge_px: int) -> tuple[Image.Image, list[Box]]:
     picture = Image.new("RGB", (large, large), scene.ground)
     pen = ImageDraw.Draw(picture)
     boxes: list[Box] = []
+    alike = Counter((thing.shape, thing.colour) for thing in scene.things)
     for thing in scene.things:
         _shape(pen, thing, large, scene.ground)
         x, y, reach = thing.x * edge_px, thing.y * edge_px, thing.reach * edge_px * 0.9
         kind = 1 + SHAPES.index(thing.shape) * len(SHAPE_COLOURS) + SHAPE_COLOURS.index(thing.colour)
-        boxes.append(((x - reach, y - reach, x + reach, y + reach), kind))
+        label = (kind, MOST_LETTERS - 1 + alike[thing.shape, thing.colour], MOST_LETTERS - 1 + len(scene.things))
+        boxes.append(Box(x - reach, y - reach, x + reach, y + reach, label))
     if scene.sign is not None:
-        boxes += [(tuple(side / SMOOTH for side in box), kind) for box, kind in _board(pen, scene.sign, large)]  # type: ignore[misc]
+        boxes += _board(pen, scene.sign, large)
     return picture.reduce(SMOOTH), boxes
 
 
@@ -219,7 +241,8 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
 
 
 def _board(pen: ImageDraw.ImageDraw, sign: Sign, edge: int) -> list[Box]:
-    """The board, and its letters as large as fit; boxes of the board and of each letter."""
+    """The board, and its letters as large as fit; boxes of the board and of each letter, in pixels of the
+    reduced picture."""
     left, top, right, bottom = (share * edge for share in sign.box)
     pen.rounded_rectangle(
         (left, top, right, bottom), radius=edge // 24, fill=COLOURS[sign.colour], outline=(60, 60, 60), width=SMOOTH
@@ -230,13 +253,13 @@ def _board(pen: ImageDraw.ImageDraw, sign: Sign, edge: int) -> list[Box]:
     font = _font(sign.font, size)
     x = (left + right - font.getlength(sign.word)) / 2
     middle = (top + bottom) / 2
-    boxes: list[Box] = [
-        ((left, top, right, bottom), 1 + len(SHAPES) * len(SHAPE_COLOURS) + list(COLOURS).index(sign.colour))
-    ]
-    first_letter = CLASSES - len(LETTERS)
-    for letter in sign.word:
+    board = 1 + len(SHAPES) * len(SHAPE_COLOURS) + list(COLOURS).index(sign.colour)
+    boxes = [Box(left / SMOOTH, top / SMOOTH, right / SMOOTH, bottom / SMOOTH, (board, UNKNOWN, UNKNOWN))]
+    low, high = (middle - size * 0.42) / SMOOTH, (middle + size * 0.42) / SMOOTH
+    for place, letter in enumerate(sign.word):
         width = font.getlength(letter)
         pen.text((x, middle), letter, font=font, fill=COLOURS[sign.ink], anchor="lm")
-        boxes.append(((x, middle - size * 0.42, x + width, middle + size * 0.42), first_letter + LETTERS.index(letter)))
+        label = (CLASSES - len(LETTERS) + LETTERS.index(letter), place, len(sign.word) - 1)
+        boxes.append(Box(x / SMOOTH, low, (x + width) / SMOOTH, high, label))
         x += width
     return boxes

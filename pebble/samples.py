@@ -13,8 +13,9 @@ from talk import turns
 from pumice.prompt import Message
 from pumice.train import Sample
 
-TURNS = 6
-"""Questions about one picture in one conversation, at most: the picture is read in once for all of them."""
+TURNS = 5
+"""Questions about one picture in one conversation, at most; two or three on average, for what was said before can be
+said again without a look at the picture."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Scenes:
     def sample(self, index: int) -> Sample:
         number = self.first + index
         shown = scene(number)
-        picked = turns(shown, random.Random(f"turns-{number}"))[:TURNS]
+        dice = random.Random(f"turns-{number}")
+        picked = turns(shown, dice)[: dice.randint(1, TURNS)]
         messages: list[Message] = []
         for place, turn in enumerate(picked):
             images = 1 if place == 0 and not self.text_only else 0

@@ -3,8 +3,8 @@
     python pebble/train.py --output runs/pebble [--threads 2]
 
 words: the language model alone, on the text of the conversations; look: the projector alone (LLaVA's stage 1); read:
-projector and language model (LLaVA 1.5's stage 2); all: the tower too (1.6's stage 2); tiles and more: the 1.6 form,
-from the trained 1.5 form, whose weights it starts with but for the newline vector.
+projector and language model (LLaVA 1.5's stage 2); all: the tower too (1.6's stage 2); tiles: the 1.6 form, from the
+trained 1.5 form and a newline vector of its own.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ from pumice.train.recipe import Part
 BOTH: tuple[Part, ...] = ("projector", "language_model")
 ALL: tuple[Part, ...] = (*BOTH, "vision_tower")
 STAGES = (
-    ("words", "1.5", Recipe("start/pebble-1.5", parts=("language_model",), steps=200, rate=1.5e-3, seed=1)),
-    ("look", "1.5", Recipe("words/model", parts=("projector",), steps=80, rate=2e-3, seed=2)),
-    ("read", "1.5", Recipe("look/model", parts=BOTH, steps=900, rate=1.5e-3, seed=3)),
-    ("all", "1.5", Recipe("read/model", parts=ALL, steps=350, rate=6e-4, tower_rate=3e-4, seed=4)),
-    ("tiles", "1.6", Recipe("all/tiled", parts=ALL, steps=100, batch=8, rate=4e-4, tower_rate=1e-4, seed=5)),
-    ("more", "1.6", Recipe("tiles/model", parts=ALL, steps=130, batch=8, rate=4e-4, tower_rate=1e-4, seed=6)),
+    ("words", "1.5", Recipe("start/pebble-1.5", parts=("language_model",), steps=300, rate=1.5e-3, seed=1)),
+    ("look", "1.5", Recipe("words/model", parts=("projector",), steps=100, rate=2e-3, seed=2)),
+    ("read", "1.5", Recipe("look/model", parts=BOTH, steps=2800, rate=1.5e-3, seed=3)),
+    ("all", "1.5", Recipe("read/model", parts=ALL, steps=1000, rate=6e-4, tower_rate=3e-4, seed=4)),
+    ("tiles", "1.6", Recipe("all/tiled", parts=ALL, steps=700, batch=8, rate=5e-4, tower_rate=2e-4, seed=5)),
 )
 
 

@@ -6,6 +6,7 @@ import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -103,11 +104,33 @@ def test_answers_are_true_of_the_picture(drawing: Path) -> None:
 
 
 def test_patch_labels_lie_on_what_they_name(drawing: Path) -> None:
-    from draw import CLASSES, patches, scene
+    """Seen again in the pixels: the middle of a patch that shows a disc or a square has that colour."""
+    from draw import COLOURS, SHAPE_COLOURS, SHAPES, UNKNOWN, patches, scene
+
+    seen = 0
+    for index in range(40):
+        shown = scene(index, kind="shapes")
+        picture, labels = patches(shown, 96, 12)
+        assert labels.shape == (8, 8, 3)
+        for row, column in np.argwhere(labels[..., 0] > 0):
+            shape, colour = divmod(int(labels[row, column, 0]) - 1, len(SHAPE_COLOURS))
+            assert labels[row, column, 2] == 3 + len(shown.things)
+            if SHAPES[shape] == "square":
+                middle = picture.getpixel((12 * int(column) + 6, 12 * int(row) + 6))
+                assert middle == COLOURS[SHAPE_COLOURS[colour]]
+                seen += 1
+        assert (labels[..., 1:][labels[..., 0] == 0] == UNKNOWN).all()
+    assert seen > 20
+
+
+def test_letters_are_labelled_from_left_to_right(drawing: Path) -> None:
+    from draw import CLASSES, LETTERS, patches, scene
 
     for index in range(20):
-        picture, labels = patches(scene(index), 96, 12)
-        assert picture.size == (96, 96)
-        assert len(labels) == 64
-        assert any(labels)
-        assert all(0 <= label < CLASSES for label in labels)
+        shown = scene(index, kind="sign")
+        assert shown.sign is not None
+        _, labels = patches(shown, 192, 12)
+        kind, place, total = labels[labels[..., 0] >= CLASSES - len(LETTERS)].T
+        read = {int(at): LETTERS[int(letter) - CLASSES + len(LETTERS)] for letter, at in zip(kind, place)}
+        assert "".join(read[at] for at in sorted(read)) == shown.sign.word
+        assert (total == len(shown.sign.word) - 1).all()
