@@ -216,7 +216,11 @@ def _unpack_q6_k(b: Tensor) -> Tensor:
 
 
 _UNPACK: dict[str, Callable[[Tensor], Tensor]] = {
-    **{name: (lambda b, dtype=format.dtype: b.contiguous().view(dtype).float()) for name, format in FORMATS.items() if format.dtype},
+    **{
+        name: (lambda b, dtype=format.dtype: b.contiguous().view(dtype).float())
+        for name, format in FORMATS.items()
+        if format.dtype
+    },
     "Q4_0": _unpack_q4_0,
     "Q4_1": _unpack_q4_1,
     "Q5_0": _unpack_q5_0,

@@ -10,7 +10,6 @@ Format: torch/serialization.py (zip archive, since PyTorch 1.6); instructions: L
 
 from __future__ import annotations
 
-import functools
 import math
 import pickletools
 import re
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pumice.checkpoints.fields import is_whole, shown
+from pumice.checkpoints.mapped import MappedFile
 from pumice.errors import UserError
 
 MAX_PROGRAM_BYTES = 4 * 2**20
@@ -65,7 +65,7 @@ class PickledTensor:
     start_byte: int
     """Where its storage begins in the file."""
     storage_bytes: int
-    file: _Mapped
+    file: MappedFile
 
     def load(self) -> Tensor:
         """A view of the file; a copy where the archive did not align the values."""
@@ -74,19 +74,6 @@ class PickledTensor:
             raw = raw.clone()
         values = raw.view(self.dtype)
         return values.as_strided(self.shape, self.strides, values.storage_offset() + self.first)
-
-
-@dataclass(frozen=True)
-class _Mapped:
-    """The file as bytes, mapped when they are first asked for."""
-
-    path: Path
-    size: int
-
-    @functools.cached_property
-    def bytes(self) -> Tensor:
-        storage: Any = torch.UntypedStorage.from_file(str(self.path), shared=False, nbytes=self.size)
-        return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
 @dataclass(frozen=True)
@@ -305,7 +292,7 @@ def _put(target: object, pairs: list[object]) -> None:
 def _tensors(path: Path, found: object, members: dict[str, zipfile.ZipInfo]) -> dict[str, PickledTensor]:
     if not isinstance(found, dict):
         raise _Refused("it does not hold a dictionary")
-    file = _Mapped(path, path.stat().st_size)
+    file = MappedFile(path, path.stat().st_size)
     starts: dict[str, int] = {}
     tensors = {}
     for name, view in found.items():

@@ -98,7 +98,7 @@ def open_file(path: Path) -> dict[str, Entry]:
     """The tensors of one `.safetensors` or `.bin` file by key. Raises UserError for what is not whole and sane."""
     if not path.is_file():
         raise UserError(f"{path} is missing, or is no regular file", hint="the checkpoint is incomplete; get it again")
-    _refuse_pointer(path)
+    refuse_pointer(path)
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
     return {name: Entry(name, each.shape, each.dtype, each.load) for name, each in pickles.open_pickle(path).items()}
@@ -200,7 +200,7 @@ def _broken(path: Path, reason: str) -> UserError:
     )
 
 
-def _refuse_pointer(path: Path) -> None:
+def refuse_pointer(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(20).startswith(b"version https://git-"):
             raise UserError(
