@@ -295,12 +295,28 @@ class _Cursor:
     def _scalars(self, code: int, count: int, key: str) -> list[Any]:
         what = f"the value of {shown(key)}"
         if code == _STRING:
-            return [self.string(what) for _ in range(count)]
+            return self._strings(count, what)
         letter = _SCALARS[code][1]
         raw = self._take(count * struct.calcsize(letter), what)
         if letter == "?" and not set(raw) <= {0, 1}:
             self.broken(f"{shown(key)} is neither true nor false")
         return list(struct.unpack(f"<{count}{letter}", raw))
+
+    def _strings(self, count: int, what: str) -> list[str]:
+        """A vocabulary has hundreds of thousands: read in a loop of its own, with the checks of `string`."""
+        data, at, size = self._data, self.position, len(self._data)
+        length_at, found = struct.Struct("<Q").unpack_from, []
+        for _ in range(count):
+            end = at + 8
+            if end <= size:
+                end += length_at(data, at)[0]
+            if end > size or end - at - 8 > MAX_STRING_BYTES:
+                self.position = at
+                self.string(what)  # says which rule is broken
+            found.append(str(data[at + 8 : end], "utf-8", "surrogateescape"))
+            at = end
+        self.position = at
+        return found
 
     def _number(self, letter: str, what: str) -> int:
         number: int = struct.unpack(f"<{letter}", self._take(struct.calcsize(f"<{letter}"), what))[0]

@@ -1,0 +1,132 @@
+"""The tokenizer in a GGUF file's metadata: sentencepiece's pieces or byte-level BPE's merges, as llama.cpp writes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from pumice.checkpoints.fields import Fields, is_number, is_whole, shown
+from pumice.errors import UserError
+from pumice.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Piece, PieceModel
+from pumice.tokenizer import Tokenizer
+
+_LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_SPLITS = {
+    "gpt-2": (_GPT_2,),
+    "llama-bpe": (_LLAMA_3,),
+    "llama3": (_LLAMA_3,),
+    "llama-v3": (_LLAMA_3,),
+    "qwen2": (_LLAMA_3.replace("{1,3}", ""),),
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT_2, r"\p{N}+", r"[0-9][0-9][0-9]"),
+}
+"""How a text is cut before the pairing, by `tokenizer.ggml.pre` (llama-vocab.cpp)."""
+_LLAMA_3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+
+MAX_TOKENS = 2**20
+
+
+def tokenizer(fields: Fields) -> Tokenizer:
+    """The tokenizer of a language model file. Raises UserError for a kind that pumice does not have, or damage."""
+    tokens = _list(fields, "tokenizer.ggml.tokens", str)
+    if len(set(tokens)) != len(tokens):
+        raise fields.wrong("tokenizer.ggml.tokens", "tokens that differ from each other")
+    kinds = _list(fields, "tokenizer.ggml.token_type", int, like=tokens, default=NORMAL)
+    match fields.text("tokenizer.ggml.model"):
+        case "llama":
+            return _sentencepiece(fields, tokens, kinds)
+        case "gpt2":
+            return _byte_level(fields, tokens, kinds)
+    raise fields.wrong("tokenizer.ggml.model", "'llama' (sentencepiece) or 'gpt2' (byte-level BPE)")
+
+
+def _sentencepiece(fields: Fields, tokens: Sequence[str], kinds: Sequence[int]) -> Tokenizer:
+    scores = _list(fields, "tokenizer.ggml.scores", float, like=tokens, default=0.0)
+    names = _names(fields, tokens, bos=1, eos=2, unk=0)
+    unknown = names["unk_token"]
+    pieces = tuple(
+        Piece(text, float(score), UNKNOWN if text == unknown else kind)
+        for text, score, kind in zip(tokens, scores, kinds, strict=True)
+    )
+    model = PieceModel(
+        pieces,
+        byte_fallback=BYTE in kinds,
+        dummy_prefix=fields.flag("tokenizer.ggml.add_space_prefix", True),
+        unk=unknown,
+        bos=names.get("bos_token"),
+        eos=names.get("eos_token"),
+    )
+    own = {"add_bos_token": fields.flag("tokenizer.ggml.add_bos_token", True)}
+    return Tokenizer.from_pieces(model, config=names | own | {"added_tokens_decoder": _added(tokens, kinds)})
+
+
+def _byte_level(fields: Fields, tokens: Sequence[str], kinds: Sequence[int]) -> Tokenizer:
+    pre = fields.text("tokenizer.ggml.pre", "default")
+    if pre not in _SPLITS:
+        raise fields.wrong("tokenizer.ggml.pre", " or ".join(_SPLITS))
+    names = _names(fields, tokens)
+    llama_3 = pre in _LLAMA_3_NAMES
+    bos = names.get("bos_token") if fields.flag("tokenizer.ggml.add_bos_token", llama_3) else None
+    added = _added(tokens, kinds)
+    cuts = [{"type": "Split", "pattern": {"Regex": each}, "behavior": "Isolated", "invert": False} for each in _SPLITS[pre]]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    front = [{"SpecialToken": {"id": bos, "type_id": 0}}] if bos else []
+    spec: dict[str, Any] = {
+        "version": "1.0",
+        "added_tokens": [{"id": int(id), **each} for id, each in added.items()],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*cuts, level]},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [*front, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {bos: {"id": bos, "ids": [tokens.index(bos)], "tokens": [bos]}} if bos else {},
+        },
+        "decoder": level,
+        "model": {
+            "type": "BPE",
+            "vocab": {text: id for id, text in enumerate(tokens)},
+            "merges": _list(fields, "tokenizer.ggml.merges", str),
+            "ignore_merges": llama_3,
+        },
+    }
+    return Tokenizer.from_json(json.dumps(spec), config=names)
+
+
+def _names(fields: Fields, tokens: Sequence[str], **defaults: int) -> dict[str, str]:
+    """The texts of the tokens with a role, under the names of tokenizer_config.json."""
+    roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    found: dict[str, str] = {}
+    for name, role in roles.items():
+        key = f"tokenizer.ggml.{role}_token_id"
+        if key in fields or name in defaults:
+            found[f"{name}_token"] = tokens[fields.whole(key, defaults.get(name), least=0, most=len(tokens) - 1)]
+    return found
+
+
+def _added(tokens: Sequence[str], kinds: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """Control tokens, which no text becomes, and those of a user, which are found before anything else."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {
+        str(id): {"content": tokens[id], **flags, "special": kind == CONTROL}
+        for id, kind in enumerate(kinds)
+        if kind in (CONTROL, USER_DEFINED)
+    }
+
+
+def _list(fields: Fields, key: str, kind: type, *, like: Sequence[object] = (), default: object = None) -> list[Any]:
+    """An array, each value of one kind; as long as `like` where that is given."""
+    values = fields.raw(key)
+    if values is None and default is not None:
+        return [default] * len(like)
+    fits = {str: lambda each: isinstance(each, str), int: is_whole, float: is_number}[kind]
+    if not isinstance(values, list) or not values or len(values) > MAX_TOKENS or not all(map(fits, values)):
+        raise fields.wrong(key, f"an array of {kind.__name__}")
+    if like and len(values) != len(like):
+        raise UserError(
+            f"{fields.source}: {key} has {len(values)} values for {len(like)} tokens ({shown(values[:2])}…)",
+            hint="the file is damaged; get it again",
+        )
+    return values
