@@ -38,7 +38,6 @@ def pebble(form: str, *, vocab: int, image_token_id: int, end_id: int) -> LlavaC
         mean=MEAN,
         std=STD,
         pinpoints=tuple((TILE_PX * rows, TILE_PX * columns) for rows, columns in PINPOINTS) if tiled else (),
-        rounds_unpad=tiled,
     )
     return LlavaConfig(
         text=text(vocab),

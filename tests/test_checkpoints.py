@@ -26,7 +26,7 @@ from transformers import (
 
 import tiny
 from conftest import reference
-from pumice import checkpoints
+from pumice import checkpoints, store
 from pumice.checkpoints.fields import Fields
 from pumice.checkpoints.settings import text_config, vision_config
 from pumice.errors import UserError
@@ -287,7 +287,7 @@ def test_authors_tower_is_measured_without_a_clip_folder(made: dict[str, Path], 
     assert checkpoint.config.vision == dataclasses.replace(source.config.vision, heads=1)
     assert checkpoint.config.image is not None
     assert checkpoint.config.image.pinpoints == ((56, 28), (28, 56), (56, 56), (28, 84), (84, 28))
-    assert not checkpoint.config.image.rounds_unpad
+    assert checkpoint.config.image.rules == "original"
 
 
 def test_authors_tower_as_a_whole_clip_model(made: dict[str, Path], tmp_path: Path) -> None:
@@ -486,6 +486,8 @@ def test_image_processor_in_either_file(hf: Path) -> None:
     image = checkpoints.read(hf).config.image
     assert image is not None
     assert (image.mode, image.resize_px) == ("pad", (28, 28))
+    assert image.under("hf") == image, "Transformers pads for this folder, so its own rules change nothing"
+    assert (image.under("original").mode, image.under("original").under("hf").mode) == ("pad", "crop")
 
 
 # --- missing, extra, wrong --------------------------------------------------------------------------------------------
@@ -587,6 +589,27 @@ def test_not_a_checkpoint(tmp_path: Path) -> None:
     refused(tmp_path, "'gpt2'", "llava_next")
 
 
+def test_files_that_may_not_be_read(made: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever file it is, and however the system says so."""
+    unguarded = Path.open
+
+    def guarded(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == secret:
+            raise PermissionError(13, "Permission denied", str(path))
+        return unguarded(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", guarded)
+    for secret in ("config.json", "tokenizer.json", "model.safetensors", "generation_config.json"):
+        refused(made["1.5"], secret, "Permission denied")
+
+
+def test_names_that_no_file_can_have() -> None:
+    for name in ("~nobodyhere/x", "x" * 5000, "a\0b"):
+        with pytest.raises(UserError, match="no model named") as caught:
+            store.resolve(name)
+        assert len(caught.value.message) < 200
+
+
 def test_companions_that_have_no_place(made: dict[str, Path]) -> None:
     refused(made["1.5"], "has no place", base=made["1.6"])
     with pytest.raises(UserError, match="both language models"):
@@ -613,6 +636,7 @@ def test_companions_that_have_no_place(made: dict[str, Path]) -> None:
         ({"text_config__hidden_size": "64"}, "hidden_size"),
         ({"text_config__vocab_size": True}, "vocab_size"),
         ({"text_config__rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"text_config__rms_norm_eps": 10**400}, "rms_norm_eps"),
         ({"text_config": []}, "text_config"),
         ({"vision_config__model_type": "siglip_vision_model"}, "siglip"),
         ({"vision_config__hidden_act": "gelu_pytorch_tanh"}, "gelu_pytorch_tanh"),
@@ -705,6 +729,7 @@ def test_refused_preprocessing(changes: dict[str, object], words: str, hf: Path)
         [[0, 28]],
         [[-28, 28]],
         [[10**9 * 28, 28]],
+        [[28 * 13, 28 * 5]],
         [[28]],
         [["28", "28"]],
         [28],
@@ -793,6 +818,9 @@ def test_incomplete_adapters(tmp_path: Path) -> None:
     file.write_bytes(good)
     resave(file, lambda tensors: tensors.update({"x": torch.ones(1)}))
     refused(folder, "'x'", "no factor")
+    file.write_bytes(good)
+    resave(file, lambda tensors: tensors.update({key.replace("A.weight", "A.default.weight"): tensors[key] * 0}))
+    refused(folder, "the same factor")
     file.unlink()
     refused(folder, "adapter_model")
 

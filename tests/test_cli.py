@@ -24,7 +24,7 @@ import pumice
 import tiny
 from pumice import Sampling
 from pumice.cli import main
-from pumice.cli.paths import images_in
+from pumice.cli.paths import images_in, real_path
 
 PIPES = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
 AS_PUMICE = "import sys; sys.argv[0] = 'pumice'; from pumice.cli import main; main()"
@@ -291,14 +291,19 @@ def test_paths_in_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(tmp_path)
     for name in ("a.png", "my cat.JPG", "b.webp"):
         (tmp_path / name).write_bytes(b"x")
-    assert images_in("What is in ./a.png?") == ("What is in ?", ["a.png"]) or images_in("What is in ./a.png?")[1] == [
-        "./a.png"
-    ]
+    assert images_in("What is in ./a.png?") == ("What is in ?", ["./a.png"])
     assert images_in("compare a.png and b.webp")[1] == ["a.png", "b.webp"]
     assert images_in("look at 'my cat.JPG' now") == ("look at now", ["my cat.JPG"])
     assert images_in(r"look at my\ cat.JPG now") == ("look at now", ["my cat.JPG"])
     assert images_in(f"see {tmp_path / 'a.png'}, please")[1] == [str(tmp_path / "a.png")]
     assert images_in("there is no c.png  here") == ("there is no c.png  here", [])
+    assert images_in("if x:\n    y  # see\na.png why") == ("if x:\n    y  # see\n why", ["a.png"])
+    assert images_in(f"what is {tmp_path}/my cat.JPG") == ("what is", [f"{tmp_path}/my cat.JPG"])
+    for lost in ("~nobodyhere/x.png what", "x " + "a" * 300 + ".png", "see /root/secret/x.png"):
+        assert images_in(lost) == (lost, [])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert images_in("b.webp, then ~/a.png")[1] == ["b.webp", f"{tmp_path}/a.png"]
+    assert real_path(' "~/my cat.JPG"') == real_path("~/my\\ cat.JPG") == f"{tmp_path}/my cat.JPG"
 
 
 # A real process: streams, signals, a terminal.
@@ -349,13 +354,15 @@ def test_chat_on_a_terminal(folder: Path, photo: Path) -> None:
     os.close(follower)
     seen = b""
 
-    def until(text: str) -> None:
+    def until(text: str) -> bytes:
+        """What came before the text."""
         nonlocal seen
         limit = time.monotonic() + 90
         while text.encode() not in seen:
             assert time.monotonic() < limit, seen
             seen += os.read(leader, 4096)
-        seen = seen[seen.index(text.encode()) + len(text) :]
+        before, _, seen = seen.partition(text.encode())
+        return before
 
     def say(line: str) -> None:
         os.write(leader, line.encode() + b"\n")
@@ -363,7 +370,9 @@ def test_chat_on_a_terminal(folder: Path, photo: Path) -> None:
     until(">>> ")
     say(f"/image {photo}")
     until("Added image")
-    until(">>> ")
+    until("\n")
+    before = until(">>> ")
+    assert before.strip() == b"", "attaching asks nothing"
     say("What is it?")
     until(">>> ")
     say("/image nowhere.png")
@@ -382,3 +391,47 @@ def test_chat_on_a_terminal(folder: Path, photo: Path) -> None:
     say("/bye")
     assert process.wait(timeout=60) == 0
     os.close(leader)
+
+
+def test_a_chat_refuses_a_bad_image_before_it_begins(folder: Path) -> None:
+    leader, follower = pty.openpty()
+    with started(
+        "run", folder, "-i", "missing.png", stdin=follower, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        _, err = process.communicate(timeout=90)
+    os.close(leader)
+    os.close(follower)
+    assert process.returncode == 2
+    assert b"no image 'missing.png'" in err
+
+
+def test_the_mark_of_a_chat_stays_out_of_a_file(folder: Path) -> None:
+    """stdin is a terminal, stdout is not: only answers go there."""
+    leader, follower = pty.openpty()
+    os.write(leader, b"Hi\n/bye\n")
+    with started(
+        "run", folder, "--max-tokens", 4, stdin=follower, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        out, err = process.communicate(timeout=90)
+    os.close(leader)
+    os.close(follower)
+    answer = pumice.load(folder).chat(sampling=Sampling(max_tokens=4)).ask("Hi").text
+    assert out.decode() == answer + "\n"
+    assert b">>> " in err
+
+
+@pytest.mark.parametrize(("encoding", "data"), [("utf-8", b"\xff\xfe"), ("ascii", "größer".encode())])
+def test_input_that_is_no_text_in_its_encoding(folder: Path, encoding: str, data: bytes) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    with started("run", folder, "What?", env=environment, stdin=subprocess.PIPE, **PIPES) as process:
+        _, err = process.communicate(data, timeout=90)
+    assert process.returncode == 2
+    assert b"lone surrogate" in err
+
+
+def test_output_that_an_encoding_cannot_say_is_escaped(folder: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    with started("prompt", folder, "größer", env=environment, **PIPES) as process:
+        out, err = process.communicate(timeout=90)
+    assert (process.returncode, err) == (0, b"")
+    assert b"gr\\xf6\\xdfer" in out

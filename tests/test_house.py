@@ -17,6 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ROWS = {
     "errors": 0,
     "config": 1, "image": 1, "picture": 1, "prompt": 1, "tokenizer": 1, "decoding": 1, "sentencepiece": 1,
+    "special_tokens": 1,
     "ops": 2,
     "network": 3, "checkpoints": 3, "store": 3,
     "engine": 4,
@@ -27,7 +28,7 @@ ROWS = {
 WITHIN_A_ROW = {
     ("image", "config"), ("image", "picture"), ("picture", "config"), ("decoding", "sentencepiece"),
     ("prompt", "config"), ("tokenizer", "prompt"), ("tokenizer", "decoding"),
-    ("tokenizer", "sentencepiece"), ("store", "checkpoints"), ("model", "question"),
+    ("tokenizer", "sentencepiece"), ("tokenizer", "special_tokens"), ("store", "checkpoints"), ("model", "question"),
 }  # fmt: skip
 """Imports inside one row that are allowed; a folder's own files are always free to import each other."""
 HOMES = {
@@ -44,6 +45,7 @@ WITHOUT_TORCH = {
     "tokenizer",
     "decoding",
     "sentencepiece",
+    "special_tokens",
     "errors",
     "cli",
     "store",

@@ -28,7 +28,7 @@ VISION = VisionConfig(image_px=336, patch_px=14, width=64, layers=2, heads=4, ff
 ORIGINAL_PAD = ImageConfig("pad", 336, 336, MEAN, STD)
 ORIGINAL_ANYRES = ImageConfig("anyres", 336, 336, MEAN, STD, pinpoints=tuple((h, w) for w, h in PINPOINTS))
 HF_CROP = ImageConfig("crop", 336, 336, MEAN, STD)
-HF_ANYRES = ImageConfig("anyres", 336, 336, MEAN, STD, pinpoints=PINPOINTS, rounds_unpad=True)
+HF_ANYRES = ImageConfig("anyres", 336, 336, MEAN, STD, pinpoints=PINPOINTS)
 MODES = {
     "original_pad": ORIGINAL_PAD,
     "original_anyres": ORIGINAL_ANYRES,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 import subprocess
 import sys
@@ -12,11 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import pumice
 import tiny
 from pumice import Exchange, Question, Sampling, UserError
 from pumice.model import Model
+from pumice.network.llava import generate
 
 FEW = Sampling(max_tokens=16)
 
@@ -76,6 +79,18 @@ def test_a_chat_is_a_question_with_history(model: Model) -> None:
     assert chat.ask("What is it?", picture(3)).tokens == first.tokens
 
 
+def test_a_chat_remembers_the_picture_and_not_its_file(model: Model, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    picture(3).save(path)
+    chat, twin = model.chat(sampling=FEW), model.chat(sampling=FEW)
+    chat.ask("What is it?", path)
+    twin.ask("What is it?", picture(3))
+    picture(4).save(path)
+    assert chat.ask("And why?").tokens == twin.ask("And why?").tokens
+    path.unlink()
+    assert chat.ask("Really?").tokens == twin.ask("Really?").tokens
+
+
 def test_a_turn_that_fails_leaves_the_chat_whole(model: Model) -> None:
     chat = model.chat(sampling=FEW)
     chat.ask("Hi")
@@ -101,6 +116,25 @@ def test_a_batch_with_its_own_settings_a_row(model: Model) -> None:
     assert model.ask_all(questions[:1])[0].text == text[: text.index(text[4:7])].rstrip()
     assert model.ask_all(questions[:1])[0].finish_reason == "stop"
     assert model.ask_all([]) == []
+
+
+def test_a_batch_keeps_to_its_memory(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few rows fit side by side, the answers are the same; a wrong question is named by its number."""
+    questions = [Question(f"What {n}?", picture(n) if n % 3 else None, sampling=FEW) for n in range(5)]
+    expected = [each.tokens for each in model.ask_all(questions)]
+    rows: list[int] = []
+    whole_run = pumice.model.Run
+
+    def counted(network: object, requests: list[object]) -> object:
+        rows.append(len(requests))
+        return whole_run(network, requests)
+
+    monkeypatch.setattr(pumice.model, "Run", counted)
+    monkeypatch.setattr(pumice.model, "CACHE_BYTES", 1)
+    assert [each.tokens for each in model.ask_all(questions)] == expected
+    assert rows == [1] * 5
+    with pytest.raises(UserError, match="question 2: there is no image"):
+        model.ask_all([Question("a"), Question("b", "nowhere.png")])
 
 
 def test_literal_marks_of_a_user_are_text(model: Model) -> None:
@@ -138,8 +172,6 @@ def test_weights_are_the_file_s_own_memory(folder: Path) -> None:
 
 
 def test_the_context_ends_the_answer(tmp_path: Path) -> None:
-    import json
-
     short = tiny.hf_folder(tmp_path / "short", lm="vicuna", seed=11)
     raw = json.loads((short / "config.json").read_text(encoding="utf-8"))
     raw["text_config"]["max_position_embeddings"] = 120
@@ -157,9 +189,11 @@ def test_the_context_ends_the_answer(tmp_path: Path) -> None:
         (Question("one <image> two", raw=True), "1 <image> marks"),
         (Question("none", io.BytesIO().getvalue(), raw=True), "empty"),
         (Question("x", raw=True, system="s"), "raw prompt"),
+        (Question(None), "prompt is None"),  # type: ignore[arg-type]
+        (Question("x", system=5), "system is 5"),  # type: ignore[arg-type]
         (Question("x", raw=True, history=(Exchange("a", "b"),)), "raw prompt"),
     ],
-    ids=["marks", "bytes", "system", "history"],
+    ids=["marks", "bytes", "system", "history", "no text", "no system text"],
 )
 def test_questions_that_cannot_be(model: Model, question: Question, words: str) -> None:
     with pytest.raises(UserError, match=words):
@@ -172,11 +206,59 @@ def test_ids_with_the_wrong_number_of_image_tokens(model: Model) -> None:
         model.generate([*ids[:-1], model.config.image_token_id], picture(1))
 
 
+@pytest.mark.parametrize(("ids", "words"), [([], "is empty"), ([1, 10**6], "token 1000000"), ([1, -5], "token -5")])
+def test_ids_that_the_model_does_not_have(model: Model, ids: list[int], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        model.generate(ids)
+
+
+def test_a_vocabulary_larger_than_the_weights_is_said_at_the_question(tmp_path: Path) -> None:
+    """The tokenizer of another model: it loads, for most words are there, and the first that is not is named."""
+    folder = tiny.hf_folder(tmp_path / "cut", family="1.5", lm="vicuna", seed=1)
+    weights = load_file(folder / "model.safetensors")
+    cut = {name: each[:300].clone() if len(each) > 400 and each.dim() == 2 else each for name, each in weights.items()}
+    save_file(cut, folder / "model.safetensors", {"format": "pt"})
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    raw["text_config"]["vocab_size"] = 300
+    (folder / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    with pytest.raises(UserError, match="has 300"):
+        pumice.load(folder).ask("What is it? stop go square sign")
+
+
+def test_generate_refuses_stop_texts(model: Model) -> None:
+    with pytest.raises(UserError, match="stop texts"):
+        model.generate([1, 5], sampling=Sampling(stop="a"))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_scores_that_are_no_numbers_are_said(folder: Path, temperature: float) -> None:
+    broken = pumice.load(folder)
+    broken.network.lm_head.weight = torch.nn.Parameter(torch.full_like(broken.network.lm_head.weight, torch.nan))
+    stream = broken.stream("Hi", sampling=Sampling(temperature, seed=0))
+    with pytest.raises(UserError, match="not numbers"):
+        list(stream)
+    with pytest.raises(UserError, match="there is no answer"):
+        _ = stream.answer
+
+
+def test_the_plain_loop_may_say_the_image_token(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that says `<image>` in words has no feature for it: it is a row of the vocabulary like any other."""
+    image = model.config.image_token_id
+    scores_V = torch.nn.functional.one_hot(torch.tensor(image), model.config.text.vocab).float()
+    monkeypatch.setattr(model.network, "logits", lambda hidden_XD: scores_V.expand(*hidden_XD.shape[:-1], -1))
+    assert model.generate([1, 5], sampling=Sampling(max_tokens=3)) == [image] * 3
+    assert list(generate(model.network, [1, 5], [], 3)) == [image] * 3
+
+
 @pytest.mark.parametrize(
-    "wrong", [{"dtype": "float8"}, {"device": "abacus"}, {"template": "nope"}, {"preprocess": "nope"}]
+    "wrong",
+    [
+        *({"dtype": "float8"}, {"dtype": torch.int8}, {"dtype": torch.complex64}, {"device": "abacus"}),
+        *({"device": "meta"}, {"template": "nope"}, {"preprocess": "nope"}, {"beside": "nowhere"}),
+    ],
 )
 def test_bad_choices_on_load(folder: Path, wrong: dict[str, str]) -> None:
-    with pytest.raises(UserError, match=next(iter(wrong.values()))):
+    with pytest.raises(UserError, match=str(next(iter(wrong.values())))):
         pumice.load(folder, **wrong)  # type: ignore[arg-type]
 
 

@@ -399,16 +399,42 @@ def bombs() -> dict[str, bytes]:
         "TIFF": bytes(tiff),
         "GIF": gif + b"\x08" + b"\0" * 60,
         "WebP": webp + b"\0" * 60,
+        "TIFF tile": tiff_of_a_tile(32752, 65520),
     }
 
 
-@pytest.mark.parametrize("name", ["PNG", "PNG of 30 000", "BMP", "JPEG", "TIFF", "GIF", "WebP"])
+def tiff_of_a_tile(width: int, height: int) -> bytes:
+    """A deflated gray TIFF of 100 x 100 pixels in one tile of this size."""
+    tags = ((256, 100), (257, 100), (258, 8), (259, 8), (262, 1), (277, 1), (322, width), (323, height))
+    tags += ((324, 300), (325, 100))
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return (b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0)).ljust(400, b"\0")
+
+
+@pytest.mark.parametrize("name", ["PNG", "PNG of 30 000", "BMP", "JPEG", "TIFF", "GIF", "WebP", "TIFF tile"])
 def test_a_bomb_is_refused_before_anything_is_decoded(name: str) -> None:
     before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     error = refused(bombs()[name])
-    if name != "WebP":  # Pillow's own check stands before ours there
-        assert str(MAX_PIXELS) in error.message
+    assert (str(MAX_PIXELS) if name != "TIFF tile" else "tiles of 32752 x 65520") in error.message
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib < 50_000
+
+
+def test_conversions_of_large_pictures_need_little_beside_them() -> None:
+    """Rows above and below a strip's edge come out as one by one, and the peak is far below three whole copies."""
+    rng = np.random.default_rng(0)
+    deep_YX = rng.integers(0, 65536, (600, 40), dtype=np.uint16)
+    expected_YX = ((deep_YX.astype(np.int64) + 128) // 257).astype(np.uint8)
+    assert (array(open_image(saved(Image.fromarray(deep_YX), "PNG")))[..., 0] == expected_YX).all()
+    rgba_YXC = rng.integers(0, 256, (600, 40, 4), dtype=np.uint8)
+    over_white = Image.new("RGB", (40, 600), "white")
+    over_white.paste(Image.fromarray(rgba_YXC), (0, 0), Image.fromarray(rgba_YXC))
+    assert (array(open_image(saved(Image.fromarray(rgba_YXC), "PNG"))) == array(over_white)).all()
+
+
+def test_bytes_come_in_three_types(tmp_path: Path) -> None:
+    data = saved(corners(), "PNG")
+    for form in (bytearray(data), memoryview(data)):
+        assert (array(open_image(form)) == array(open_image(data))).all()
 
 
 @pytest.mark.parametrize("chunk", [b"iCCP", b"zTXt"])

@@ -254,3 +254,14 @@ def test_training_conversations() -> None:
 def test_training_turns_must_alternate() -> None:
     with pytest.raises(UserError, match="turn 2"):
         messages_from_llava(said(("human", "One"), ("human", "Two"), ("gpt", "a"), ("gpt", "b")), has_image=True)
+    with pytest.raises(UserError, match="turn 3"):
+        messages_from_llava(said(("gpt", "Hello"), ("human", "One"), ("human", "Two")), has_image=True)
+
+
+@pytest.mark.parametrize(
+    "turn", [{"value": "x"}, {"from": "human"}, {"from": "human", "value": None}, {"from": 3, "value": "x"}, "x", 1, []]
+)
+def test_training_turns_are_two_texts(turn: object) -> None:
+    """The last turn too, though a trailing question is dropped."""
+    with pytest.raises(UserError, match="turn 3 of a conversation is"):
+        messages_from_llava([*said(("human", "One"), ("gpt", "a")), turn], has_image=False)

@@ -52,6 +52,12 @@ def test_a_seed_repeats_and_another_differs() -> None:
     assert drawn(1) != drawn(2)
 
 
+def test_the_colder_the_surer() -> None:
+    """Down to temperatures whose quotients float32 cannot hold: the best token, never an overflow."""
+    for temperature in (1e-3, 1e-38, 1e-300):
+        assert Sampler(Sampling(temperature, seed=3), []).draw(SCORES) == int(SCORES.argmax())
+
+
 def test_draws_follow_the_probabilities() -> None:
     sampler = Sampler(Sampling(temperature=1.0, seed=0), [])
     counted = Counter(sampler.draw(torch.tensor([0.0, math.log(3.0)])) for _ in range(2000))
@@ -70,7 +76,8 @@ def test_greedy_takes_the_best_and_remembers_for_the_penalty() -> None:
     [
         {"temperature": math.nan}, {"temperature": -1.0}, {"temperature": math.inf}, {"top_p": 1.5}, {"top_k": -1},
         {"top_k": 2.5}, {"min_p": -0.1}, {"max_tokens": 0}, {"max_tokens": 2**63}, {"max_tokens": "5"}, {"seed": 2**65},
-        {"stop": ["x"] * 100_000}, {"stop": [""]}, {"repetition_penalty": 0}, {"temperature": True},
+        {"stop": ["x"] * 100_000}, {"stop": [""]}, {"stop": None}, {"stop": 5}, {"temperature": 10**400},
+        {"top_k": 10**400}, {"repetition_penalty": 0}, {"temperature": True},
     ],
     ids=lambda wrong: next(iter(wrong)),
 )  # fmt: skip

@@ -483,6 +483,41 @@ def test_plain_added_tokens_count_in_a_persons_text() -> None:
     assert tokenizer.decode([260, 402]) == "t<box>"
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"eos_token": "<end>"},
+        {"eos_token": {"content": "<end>"}},
+        {"additional_special_tokens": ["<end>"]},
+        {"added_tokens_decoder": {"402": {"content": "<end>", "special": True}}},
+    ],
+)
+def test_a_token_that_the_config_calls_special_is_special(config: dict[str, Any]) -> None:
+    """Even where tokenizer.json calls it ordinary: Transformers skips it in an answer, and no person can write it."""
+    spec = json.loads(TINY_JSON.read_text(encoding="utf-8"))
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    spec["added_tokens"].append({"id": 402, "content": "<end>", **flags})
+    tokenizer = Tokenizer.from_json(json.dumps(spec), config=config)
+    assert 402 not in tokenizer.encode([Part("text", "a<end>b")], [], image_id=400).ids
+    assert tokenizer.decode([260, 402]) == "t"
+
+
+def test_a_decoder_in_nested_sequences_is_the_flat_one() -> None:
+    spec = json.loads(TINY_JSON.read_text(encoding="utf-8"))
+    *inner, strip = spec["decoder"]["decoders"]
+    nested = {"type": "Sequence", "decoders": [{"type": "Sequence", "decoders": inner}, strip]}
+    tokenizer = Tokenizer.from_json(json.dumps(spec | {"decoder": nested}), config=ENDS)
+    assert tokenizer.decode([294, 260]) == tiny().decode([294, 260])
+
+
+def test_a_pattern_that_never_ends_is_a_user_error() -> None:
+    """The regular expression library gives up after a while, in a way of its own."""
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    tokenizer = Tokenizer.from_json(changed(pre_tokenizer=split), config=ENDS)
+    with pytest.raises(UserError, match="does not hold together"):
+        raw(tokenizer, "a" * 40 + "!", image_id=400)
+
+
 def test_tokens_that_only_the_config_names(tmp_path: Path) -> None:
     """As in the authors' folders: a tokenizer.model, and the rest in side files."""
     (tmp_path / "tokenizer.model").write_bytes(TINY_MODEL.read_bytes())
@@ -528,6 +563,7 @@ def damaged_models() -> dict[str, bytes]:
         "unknown text": model_proto(pieces[3:]).SerializeToString(),
         "no number": model_proto([*pieces, ("new", float("nan"), 1)]).SerializeToString(),
         "utf-8": b"\x0a\x03\x0a\x01\xff",
+        "5000 characters": model_proto([*pieces, ("a" * 5000, 0.0, 1)]).SerializeToString(),
     }
 
 
@@ -559,6 +595,10 @@ DAMAGED_JSON = {
     "of kind None": "{}",
     "of kind 'WordPiece'": changed(model={"type": "WordPiece", "vocab": {}}),
     "does not hold together": changed(model={"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}),
+    "does not hold together: .*range": changed(model={"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]}),
+    "no vocabulary": changed(model={"type": "BPE", "vocab": {}, "merges": []}),
+    "normalizer of type 'Precompiled'": changed(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAAAA=="}),
+    "pre_tokenizer of type 'FixedLength'": changed(pre_tokenizer={"type": "FixedLength", "length": 0}),
     "has a dropout": changed(model={"type": "BPE", "vocab": {"a": 0}, "merges": [], "dropout": 0.5}),
     "a step that is none": changed(normalizer={"prepend": "▁"}),
     "wraps a prompt": changed(post_processor={"type": "BertProcessing", "sep": ["</s>", 2], "cls": ["<s>", 1]}),

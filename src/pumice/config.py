@@ -10,6 +10,8 @@ from typing import Literal, Self
 
 Size = tuple[int, int]
 """(height, width) in pixels, unless a name says otherwise."""
+Rules = Literal["hf", "original"]
+"""Whose preprocessing: Transformers' or the LLaVA authors'."""
 
 
 @dataclass(frozen=True)
@@ -110,18 +112,23 @@ class ImageConfig:
     pinpoints: tuple[Size, ...] = ()
     """Canvases to choose from, (height, width), in the order of the file: the first wins a tie. The authors read each
     pair of the same list as (width, height), so their reader turns the pairs round."""
-    rounds_unpad: bool = False
-    """Transformers rounds to 7 digits before it cuts; the authors do not."""
+    rules: Rules = "hf"
+    """Whose files these are: Transformers' or the authors'."""
 
-    def under(self, rule: Literal["hf", "original"]) -> Self:
-        """The same tower's preprocessing by Transformers' rules or by the authors': crop or pad for 1.5; for 1.6 the
-        reading of the pinpoints, whose pairs the two take in opposite order, and the rounding."""
-        if self.mode != "anyres":
-            return replace(self, mode="crop" if rule == "hf" else "pad")
-        if self.rounds_unpad == (rule == "hf"):
+    @property
+    def rounds_unpad(self) -> bool:
+        """Transformers rounds to 7 digits before it cuts the padding off a feature map; the authors do not."""
+        return self.rules == "hf"
+
+    def under(self, rules: Rules) -> Self:
+        """The same tower's preprocessing by the other's rules: crop or pad for 1.5; for 1.6 the reading of the
+        pinpoints, whose pairs the two take in opposite order, and the rounding. Unchanged under its own rules."""
+        if rules == self.rules:
             return self
+        if self.mode != "anyres":
+            return replace(self, mode="crop" if rules == "hf" else "pad", rules=rules)
         turned = tuple((width, height) for height, width in self.pinpoints)
-        return replace(self, pinpoints=turned, rounds_unpad=rule == "hf")
+        return replace(self, pinpoints=turned, rules=rules)
 
 
 @dataclass(frozen=True)

@@ -68,11 +68,12 @@ class Decoder:
         """`skipped` ids have no text. `sentencepiece_strip`: the text comes as sentencepiece gives it, and so many
         spaces go from its front; None follows `spec`."""
         self._token_of, self._skipped = token_of, skipped
-        steps = [step["type"] for step in steps_of(spec, "decoders")]
+        flat = steps_of(spec, "decoders")
+        steps = [step["type"] for step in flat]
         self._levels: Mapping[int, int] = {}
         match steps:
             case ["Replace", "ByteFallback", "Fuse", *rest] if rest in ([], ["Strip"]):
-                strip = spec["decoders"][3]["start"] if rest else 0
+                strip = int(flat[3].get("start", 0)) if rest else 0
             case ["ByteLevel"]:
                 strip, self._levels = 0, _byte_levels()
             case _:

@@ -22,6 +22,11 @@ class UserError(Exception):
         return f"{self.message}\n{self.hint}"
 
 
+def shortened(text: str) -> str:
+    """A text from outside, quoted, never longer than a line."""
+    return repr(text if len(text) <= 100 else f"{text[:80]}… ({len(text)} characters)")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A `did you mean` sentence for a name that is not in a list, or the list itself when nothing is near."""
     names = sorted(set(known))

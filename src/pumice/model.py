@@ -15,7 +15,7 @@ import torch
 from pumice import checkpoints, prompt, store
 from pumice.config import LlavaConfig
 from pumice.decoding import StopText
-from pumice.engine import Request, Run, Sampling, Step
+from pumice.engine import Request, Run, Sampling, Step, position_bytes
 from pumice.errors import UserError, nearest
 from pumice.image import Prepared, prepare
 from pumice.network.llava import Llava
@@ -24,7 +24,9 @@ from pumice.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROWS_AT_ONCE = 8
-"""How many questions `ask_all` answers side by side."""
+"""How many questions `ask_all` answers side by side, at most."""
+CACHE_BYTES = 2 * 2**30
+"""What their keys and values may take together when they begin; one question may take more."""
 
 
 @dataclass(frozen=True)
@@ -105,31 +107,54 @@ class Model(Prompter):
         return Chat(self, system, sampling or Sampling())
 
     def ask_all(self, questions: Sequence[Question]) -> list[Answer]:
-        """The answers in the order of the questions; each is what `answer` would give."""
+        """The answers in the order of the questions; each is what `answer` would give.
+
+        Raises UserError, with the question's number, for the first that is wrong; answers that came before are lost.
+        """
         answers: list[Answer] = []
-        for start in range(0, len(questions), ROWS_AT_ONCE):
-            group = questions[start : start + ROWS_AT_ONCE]
-            opened = [self._open(question) for question in group]
-            run = Run(self.network, [each.request for each in opened])
-            for step in itertools.chain.from_iterable(iter(run.step, [])):
-                opened[step.row].push(step)
-                if opened[step.row].stopped:
-                    run.cancel(step.row)
-            answers.extend(each.answer() for each in opened)
-        return answers
+        group: list[_Opened] = []
+        for number, question in enumerate(questions, 1):
+            try:
+                opened = self._open(question)
+            except UserError as error:
+                raise UserError(f"question {number}: {error.message}", hint=error.hint) from error
+            if group and not self._fit([*group, opened]):
+                answers += self._answered(group)
+                group = []
+            group.append(opened)
+        return answers + self._answered(group)
+
+    def _fit(self, group: Sequence[_Opened]) -> bool:
+        """Can these be answered side by side?"""
+        longest = max(len(each.request.ids) for each in group)
+        return len(group) <= ROWS_AT_ONCE and len(group) * longest * position_bytes(self.network) <= CACHE_BYTES
+
+    def _answered(self, group: Sequence[_Opened]) -> list[Answer]:
+        run = Run(self.network, [each.request for each in group])
+        for step in itertools.chain.from_iterable(iter(run.step, [])):
+            group[step.row].push(step)
+            if group[step.row].stopped:
+                run.cancel(step.row)
+        return [each.answer() for each in group]
 
     def generate(self, ids: Sequence[int], images: Images = None, *, sampling: Sampling | None = None) -> list[int]:
-        """New token ids after a prompt of ids, in which each image's tokens stand expanded (`see` gives such ids)."""
+        """New token ids after a prompt of ids, in which each image's tokens stand expanded (`see` gives such ids).
+
+        Raises UserError for ids that the model does not have, images that are not those of the ids, and stop texts,
+        which only an answer in words can end with.
+        """
+        sampling = sampling or Sampling()
+        if sampling.stop:
+            raise UserError(f"generate came with stop texts {sampling.stop!r}", hint="it gives ids; use ask for text")
         seen = [prepare(each, *self.eyes()) for each in listed(images)]
-        request = Request(list(ids), self._features(seen), sampling or Sampling())
+        self.check_ids(ids)
         expected, given = sum(each.grid.tokens for each in seen), list(ids).count(self.config.image_token_id)
         if expected != given:
             raise UserError(
                 f"the prompt holds {given} image tokens, the {len(seen)} images have {expected}",
                 hint="repeat the image token once for each token of each image, as `see` does",
             )
-        self.check_length(len(request.ids))
-        run = Run(self.network, [request])
+        run = Run(self.network, [Request(list(ids), self._features(seen), sampling)])
         return [step.token for step in itertools.chain.from_iterable(iter(run.step, []))]
 
     def _open(self, question: Question) -> _Opened:
@@ -154,7 +179,7 @@ class _Opened:
     def __init__(
         self, tokenizer: Tokenizer, request: Request, seen: Seen, stops: Sequence[str], encode_s: float
     ) -> None:
-        self.request, self._seen, self._encode_s = request, seen, encode_s
+        self.request, self.seen, self._encode_s = request, seen, encode_s
         self._text, self._stops = tokenizer.stream(), StopText(stops)
         self._steps: list[Step] = []
         self._pieces: list[str] = []
@@ -184,6 +209,8 @@ class _Opened:
         return kept
 
     def answer(self) -> Answer:
+        if not self._steps:
+            raise UserError("there is no answer: its first token never came", hint="the error before says why")
         prefill_s = sum(step.seconds for step in self._steps if step.prefill)
         decode_s = sum(step.seconds for step in self._steps if not step.prefill)
         return Answer(
@@ -191,7 +218,7 @@ class _Opened:
             tokens=tuple(step.token for step in self._steps),
             finish_reason="stop" if self.stopped or self._steps[-1].reason == "stop" else "length",
             prompt_tokens=len(self.request.ids),
-            image_tokens=tuple(each.grid.tokens for each in self._seen.images),
+            image_tokens=tuple(each.grid.tokens for each in self.seen.images),
             timings=Timings(self._encode_s, prefill_s, decode_s, sum(not step.prefill for step in self._steps)),
         )
 
@@ -255,7 +282,9 @@ class ChatStream(Stream):
 
     def _run(self, model: Model) -> Iterator[str]:
         yield from super()._run(model)
-        turn = Exchange(self._question.prompt, self._opened.answer().text, listed(self._question.image))
+        new = len(listed(self._question.image))
+        images = self._opened.seen.images[-new:] if new else []
+        turn = Exchange(self._question.prompt, self._opened.answer().text, tuple(images))
         self._chat.history = (*self._chat.history, turn)
 
 
@@ -280,10 +309,15 @@ class Source:
         found = checkpoints.read(store.resolve(self.name), base=base, tower=tower, template=self.template)
         if self.template is not None:
             found = _ending_with(found, prompt.TEMPLATES[found.config.template].end)
-        if self.preprocess is None or found.config.image is None:
+        if self.preprocess is None:
             return found
         if self.preprocess not in ("hf", "original"):
             raise UserError(f"preprocess is {self.preprocess!r}", hint="give hf or original")
+        if found.config.image is None:
+            raise UserError(
+                f"preprocess is {self.preprocess!r}, and {self.name} is a text model",
+                hint="leave it out, or load a LLaVA",
+            )
         config = dataclasses.replace(found.config, image=found.config.image.under(self.preprocess))
         return dataclasses.replace(found, config=config)
 
@@ -304,7 +338,7 @@ def load(
     device: str | torch.device | None = None,
     template: str | None = None,
     preprocess: Literal["hf", "original"] | None = None,
-    beside: Sequence[str | Path] = (),
+    beside: str | Path | Sequence[str | Path] = (),
 ) -> Model:
     """A model, ready to be asked.
 
@@ -313,7 +347,8 @@ def load(
 
     Raises UserError: no such model, files damaged or incomplete, an architecture that pumice does not have.
     """
-    return load_from(Source(name, template, preprocess, tuple(beside)), dtype=dtype, device=device)
+    folders = (beside,) if isinstance(beside, str | Path) else tuple(beside)
+    return load_from(Source(name, template, preprocess, folders), dtype=dtype, device=device)
 
 
 def load_from(
@@ -338,10 +373,10 @@ def _network(
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None or isinstance(dtype, torch.dtype):
+    if dtype is None or dtype in (*DTYPES.values(), torch.float64):
         return dtype
     if dtype not in DTYPES:
-        raise UserError(f"dtype is {dtype!r}", hint=nearest(dtype, DTYPES))
+        raise UserError(f"dtype is {dtype!r}", hint=nearest(str(dtype), DTYPES))
     return DTYPES[dtype]
 
 
@@ -351,7 +386,7 @@ def _device(device: str | torch.device | None) -> torch.device:
         return torch.device(best)
     try:
         chosen = torch.device(device)
-        torch.empty(0, device=chosen)
+        torch.zeros(1, device=chosen).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(
             f"this machine has no device {str(device)!r}", hint="give cpu, or leave the choice to pumice"

@@ -29,16 +29,20 @@ from PIL import (
 )
 
 from pumice.config import Size
-from pumice.errors import UserError
+from pumice.errors import UserError, shortened
 
-ImageLike = str | os.PathLike[str] | bytes | Image.Image
+ImageLike = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image
 """A path, the bytes of a file, a Pillow image, or text: a `data:image/...;base64,` URL, or bare base64 where no file
 has that name and the bytes begin like a picture."""
 
 MAX_FILE_BYTES = 256 * 2**20
 MAX_PIXELS = 178_956_970
 """Of a picture as its file declares it, and of every picture on the way to the tiles. Above this number Pillow, too,
-calls a file a bomb; a picture of this size takes 0.7 GB in memory."""
+calls a file a bomb; a picture of this size takes 0.7 GB in memory, and as much again while it is decoded."""
+MAX_TIFF_TILE_PIXELS = 2**22
+"""Of a TIFF's tile that is larger than its picture: libtiff makes room for a tile of any declared size."""
+STRIP_ROWS = 256
+"""Rows that are converted at once, so that what a conversion needs beside its result stays small."""
 
 _DECODERS: dict[str, Callable[[BytesIO], Image.Image]] = {
     "JPEG": JpegImagePlugin.JpegImageFile,
@@ -110,6 +114,8 @@ def open_image(source: ImageLike) -> Image.Image:
         picture = _heic(data) if kind == "HEIC" else _DECODERS[kind](BytesIO(data))
         if isinstance(picture, PngImagePlugin.PngImageFile):
             _rescale_colour_key(picture)
+        if isinstance(picture, TiffImagePlugin.TiffImageFile):
+            _check_tiff_tile(picture, name)
     except _DECODER_ERRORS as error:
         raise _damaged(name, kind, error) from error
     return _decoded(picture, name, kind)
@@ -121,9 +127,9 @@ def _decoded(picture: Image.Image, name: str, kind: str) -> Image.Image:
         picture.load()
         turn = _turn(picture)
         flat = _over_white(picture)
+        upright = flat if turn is None else flat.transpose(turn)
     except _DECODER_ERRORS as error:
         raise _damaged(name, kind, error) from error
-    upright = flat if turn is None else flat.transpose(turn)
     upright.info = {}  # Pillow copies the EXIF block along: given to us again, the picture would be turned again
     return upright
 
@@ -139,23 +145,32 @@ def _turn(picture: Image.Image) -> Image.Transpose | None:
 
 def _over_white(picture: Image.Image) -> Image.Image:
     """8-bit RGB from any mode that says what black and white are; what is transparent becomes white."""
-    if picture.mode.startswith("I;16"):
-        levels_YX = np.asarray(picture).astype(np.uint32)
-        gray_YX = ((levels_YX + 128) // 257).astype(np.uint8)  # 65535 = 255 · 257
-        if "transparency" in picture.info:
-            gray_YX[levels_YX == picture.info["transparency"]] = 255
-        return Image.fromarray(gray_YX).convert("RGB")
     if picture.mode in ("I", "F", "LAB"):
         raise UserError(
             f"the picture has values of the kind {picture.mode!r} (32-bit or CIELAB), which do not say what is white",
             hint="convert it to 8 or 16 bits a channel first",
         )
-    if not picture.has_transparency_data:
+    deep = picture.mode.startswith("I;16")
+    if not deep and not picture.has_transparency_data:
         return picture.convert("RGB")
-    rgba = picture.convert("RGBA")
     white = Image.new("RGB", picture.size, "white")
-    white.paste(rgba, (0, 0), rgba)
+    for top in range(0, picture.height, STRIP_ROWS):
+        strip = picture.crop((0, top, picture.width, min(top + STRIP_ROWS, picture.height)))
+        if deep:
+            white.paste(_eight_bits(strip, picture.info.get("transparency")), (0, top))
+        else:
+            rgba = strip.convert("RGBA")
+            white.paste(rgba, (0, top), rgba)
     return white
+
+
+def _eight_bits(gray: Image.Image, transparent: int | None) -> Image.Image:
+    """8-bit gray from 16-bit gray, the transparent level white."""
+    levels_YX = np.asarray(gray).astype(np.uint32)
+    gray_YX = ((levels_YX + 128) // 257).astype(np.uint8)  # 65535 = 255 · 257
+    if transparent is not None:
+        gray_YX[levels_YX == transparent] = 255
+    return Image.fromarray(gray_YX)
 
 
 def _rescale_colour_key(picture: PngImagePlugin.PngImageFile) -> None:
@@ -167,6 +182,18 @@ def _rescale_colour_key(picture: PngImagePlugin.PngImageFile) -> None:
         picture.info["transparency"] = tuple(level >> 8 for level in key)
     elif raw_mode in ("L;2", "L;4") and key is not None:
         picture.info["transparency"] = key * (85 if raw_mode == "L;2" else 17)
+
+
+def _check_tiff_tile(picture: TiffImagePlugin.TiffImageFile, name: str) -> None:
+    """TIFF 6.0, section 15: TileWidth and TileLength, which may exceed the picture."""
+    width, height = (picture.tag_v2.get(tag) for tag in (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH))
+    if not isinstance(width, int) or not isinstance(height, int):
+        return
+    if width * height > max(2 * picture.width * picture.height, MAX_TIFF_TILE_PIXELS):
+        raise UserError(
+            f"{name} says that it is {picture.width} x {picture.height} pixels in tiles of {width} x {height}",
+            hint="the file is damaged; export it anew",
+        )
 
 
 def _heic(data: bytes) -> Image.Image:
@@ -188,16 +215,16 @@ def _heic(data: bytes) -> Image.Image:
 # --- where the bytes come from, and what they are -------------------------------------------------------------------
 
 
-def _read(source: str | os.PathLike[str] | bytes) -> tuple[bytes, str]:
+def _read(source: str | os.PathLike[str] | bytes | bytearray | memoryview) -> tuple[bytes, str]:
     """The bytes of the file, and what to call it in an error."""
-    if isinstance(source, bytes):
-        return _checked(source, "the image"), "the image"
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _checked(bytes(source), "the image"), "the image"
     if not isinstance(source, str | os.PathLike):
         raise UserError(
             f"an image cannot be a {type(source).__name__}",
             hint="give a path, the bytes of a file, a PIL image, base64 or a data: URL",
         )
-    text = os.fspath(source)
+    text = os.fsdecode(source)
     if text.startswith("data:"):
         return _checked(_from_data_url(text), "the image in the data: URL"), "the image in the data: URL"
     status = _status(text)
@@ -233,7 +260,7 @@ def _from_data_url(text: str) -> bytes:
         if data is not None:
             return data
     raise UserError(
-        f"{_short(head)} is not a data: URL with a picture in base64",
+        f"{shortened(head)} is not a data: URL with a picture in base64",
         hint="it must read data:image/png;base64, or the like, and then only base64",
     )
 
@@ -289,6 +316,8 @@ def _damaged(name: str, kind: str, error: BaseException) -> UserError:
     """In our words: Pillow's may hold memory addresses (CVE-2026-22778)."""
     if isinstance(error, MemoryError):
         return UserError(f"there is not enough memory to decode {name}", hint="shrink the picture first")
+    if isinstance(error, Image.DecompressionBombError):
+        return UserError(f"{name} says that it has more than {MAX_PIXELS} pixels", hint="shrink the picture first")
     if "data too large" in str(error):
         return UserError(
             f"{name} unpacks to more than 1 MiB of notes or colour profile", hint="save it without metadata"
@@ -299,15 +328,15 @@ def _damaged(name: str, kind: str, error: BaseException) -> UserError:
 
 def _missing(text: str) -> UserError:
     if re.match(r"\w+://", text):
-        return UserError(f"{_short(text)} is a URL, and pumice downloads no images", hint="save it, then give its path")
+        return UserError(
+            f"{shortened(text)} is a URL, and pumice downloads no images", hint="save it, then give its path"
+        )
     path = Path(text)
     try:
         near = difflib.get_close_matches(path.name, os.listdir(path.parent), n=1)
     except (OSError, ValueError):
-        return UserError(f"there is no image {_short(text)}", hint="its folder does not exist either; check the path")
+        return UserError(
+            f"there is no image {shortened(text)}", hint="its folder does not exist either; check the path"
+        )
     hint = f"did you mean {str(path.parent / near[0])!r}?" if near else "check the path and the folder you are in"
-    return UserError(f"there is no image {_short(text)}", hint=hint)
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 100 else f"{text[:80]}… ({len(text)} characters)")
+    return UserError(f"there is no image {shortened(text)}", hint=hint)

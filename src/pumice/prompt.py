@@ -414,30 +414,34 @@ def _quoted(found: re.Match[str]) -> str:
     return f"'{found[1][1:-1]}'" if found[1] else ""
 
 
-def messages_from_llava(conversations: Sequence[Mapping[str, str]], *, has_image: bool) -> list[Message]:
+def messages_from_llava(conversations: Sequence[object], *, has_image: bool) -> list[Message]:
     """The `conversations` of a training sample, as LLaVA's train.py reads them (preprocess_multimodal).
 
     With an image, the marks of a human turn collapse to one picture in front of its text. A leading answer is dropped,
     as there, and a trailing question, from which nothing can be learned. Without an image, and in answers, `<image>`
-    is text. Raises UserError when the turns do not alternate.
+    is text. Raises UserError, naming the turn, when one does not hold two texts or is not the other side's.
     """
-    roles = {"human": "user", "gpt": "assistant"}
-    turns = list(conversations)
-    if turns and roles.get(turns[0]["from"]) != "user":
-        turns = turns[1:]
-    if len(turns) % 2:
-        turns = turns[:-1]
+    turns = [_turn(number, each) for number, each in enumerate(conversations, start=1)]
+    if turns and turns[0][1] != "human":
+        del turns[0]
     messages: list[Message] = []
-    for index, turn in enumerate(turns):
+    for index, (number, who, text) in enumerate(turns[: len(turns) // 2 * 2]):
         expected = "human" if index % 2 == 0 else "gpt"
-        if turn["from"] != expected:
+        if who != expected:
             raise UserError(
-                f"turn {index + 1} of a conversation is from {turn['from']!r}, not {expected!r}",
+                f"turn {number} of a conversation is from {who!r:.100}, not {expected!r}",
                 hint="a training sample alternates between human and gpt, and begins with human",
             )
-        text = turn["value"]
         if expected == "human" and has_image and IMAGE_MARK in text:
             messages.append(Message("user", text.replace(IMAGE_MARK, "").strip(), images=1))
         else:
             messages.append(Message("user" if expected == "human" else "assistant", text))
     return messages
+
+
+def _turn(number: int, turn: object) -> tuple[int, str, str]:
+    match turn:
+        case {"from": str(who), "value": str(text)}:
+            return number, who, text
+    hint = 'each turn is {"from": "human" or "gpt", "value": its text}'
+    raise UserError(f"turn {number} of a conversation is {turn!r:.100}", hint=hint)

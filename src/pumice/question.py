@@ -23,11 +23,12 @@ Images = ImageLike | Sequence[ImageLike] | None
 
 @dataclass(frozen=True)
 class Exchange:
-    """An earlier turn of a conversation."""
+    """An earlier turn of a conversation. An image that was prepared once is not looked for again: its file may have
+    changed or gone since."""
 
     prompt: str
     answer: str
-    images: tuple[ImageLike, ...] = ()
+    images: tuple[ImageLike | Prepared, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Question:
     raw: bool = False
 
     @property
-    def images(self) -> tuple[ImageLike, ...]:
+    def images(self) -> tuple[ImageLike | Prepared, ...]:
         """All images, in the order in which the prompt shows them."""
         earlier = [image for exchange in self.history for image in exchange.images]
         return (*earlier, *listed(self.image))
@@ -65,8 +66,14 @@ class Prompter:
         self.name, self.config, self.tokenizer = name, config, tokenizer
 
     def see(self, question: Question) -> Seen:
-        """The exact prompt of a question and its images, without running the network."""
-        images = [prepare(each, *self.eyes()) for each in question.images]
+        """The exact prompt of a question and its images, without running the network.
+
+        Raises UserError for what is wrong with the question or an image.
+        """
+        for name, text in (("prompt", question.prompt), ("system", question.system or "")):
+            if not isinstance(text, str):
+                raise UserError(f"{name} is {text!r}", hint="give a text")
+        images = [each if isinstance(each, Prepared) else prepare(each, *self.eyes()) for each in question.images]
         parts = self._parts(question)
         given = sum(part.kind == "image" for part in parts)
         if given != len(images):
@@ -76,7 +83,7 @@ class Prompter:
             )
         encode = self.tokenizer.encode_raw if question.raw else self.tokenizer.encode
         encoded = encode(parts, [each.grid.tokens for each in images], image_id=self.config.image_token_id)
-        self.check_length(len(encoded.ids))
+        self.check_ids(encoded.ids)
         return Seen(parts, encoded, images)
 
     def views(self, images: Sequence[ImageLike]) -> list[list[Image]]:
@@ -106,13 +113,22 @@ class Prompter:
             )
         return self.config.image, self.config.vision
 
-    def check_length(self, tokens: int) -> None:
-        """Raises UserError when a prompt leaves no position for an answer."""
-        limit = self.config.text.max_positions
-        if tokens >= limit:
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raises UserError for a prompt of no token, one that leaves no position for an answer, or an id that the
+        model has no row for."""
+        limit, vocab = self.config.text.max_positions, self.config.text.vocab
+        if not ids:
+            raise UserError("the prompt is empty: it has no token", hint="give at least one word")
+        if len(ids) >= limit:
             raise UserError(
-                f"the prompt is {tokens} tokens long, images included; {self.name} has {limit} positions",
+                f"the prompt is {len(ids)} tokens long, images included; {self.name} has {limit} positions",
                 hint="send fewer or smaller images, fewer turns or less text",
+            )
+        strange = next((id for id in ids if not 0 <= id < vocab and id != self.config.image_token_id), None)
+        if strange is not None:
+            raise UserError(
+                f"the prompt holds token {strange} ({self.tokenizer.token_of(strange)!r}); {self.name} has {vocab}",
+                hint="the tokenizer and the weights belong to different models; get them from one place",
             )
 
 
@@ -120,6 +136,6 @@ def listed(image: Images) -> tuple[ImageLike, ...]:
     """One image, several or none, as a tuple."""
     if image is None:
         return ()
-    if isinstance(image, Sequence) and not isinstance(image, str | bytes):
+    if isinstance(image, Sequence) and not isinstance(image, str | bytes | bytearray | memoryview):
         return tuple(image)
     return (image,)

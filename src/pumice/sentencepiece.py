@@ -17,6 +17,8 @@ from pumice.errors import UserError
 SPACE = "\u2581"
 """The mark that stands for a space in a piece."""
 
+MAX_PIECE_CHARACTERS = 1024
+"""The work of finding merges grows with the square of it; trainers end at 16."""
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _MODELS = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 
@@ -165,7 +167,10 @@ def _piece(data: bytes) -> Piece:
         raise ValueError(f"a piece has the unknown type {kind}")
     if score != score:
         raise ValueError("a piece has a score that is no number")
-    return Piece(_bytes(fields.get(1, b"")).decode(), score, kind)
+    text = _bytes(fields.get(1, b"")).decode()
+    if len(text) > MAX_PIECE_CHARACTERS:
+        raise ValueError(f"a piece has {len(text)} characters")
+    return Piece(text, score, kind)
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, _Value]]:

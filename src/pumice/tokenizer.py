@@ -8,6 +8,7 @@ Text of a person is tokenised without special tokens, so no literal `</s>` in it
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from pumice.decoding import Decoder, TextStream, steps_of
 from pumice.errors import UserError
 from pumice.prompt import IMAGE_MARK, SPECIAL_WORDS, Part
 from pumice.sentencepiece import SPACE, read_model
+from pumice.special_tokens import added_token, content_of, declared_tokens, flags, special_words
 
 LARGEST_FILE_BYTES = 128 << 20
 """Several times the largest tokenizer.json of a Llama."""
@@ -87,11 +89,11 @@ class Tokenizer:
         self._text = _bare(self._library, normalizer, pre_tokenizer)
         if model:
             self._text.add_tokens([tokenizers.AddedToken(word, normalized=True) for word in model.symbols])
+        special = special_words(config) | {token.content for token in added.values() if token.special}
         self._all_words = _Words(added.values())
-        self._plain_words = _Words(
-            token for token in added.values() if not token.special and token.content not in _NEVER_TEXT
-        )
-        skipped = {id for id, token in added.items() if token.special} | (model.silent if model else set())
+        self._plain_words = _Words(token for token in added.values() if token.content not in special | _NEVER_TEXT)
+        skipped = {id for word in special if (id := self.id_of(word)) is not None}
+        skipped |= model.silent if model else set()
         if (image := self.id_of(IMAGE_MARK)) is not None:
             skipped.add(image)
         self._reserved = frozenset(skipped - {self.id_of(str(spec["model"].get("unk_token")))})
@@ -102,7 +104,7 @@ class Tokenizer:
         self.adds_bos = bool(self._front)
         self.bos_id = self._front[0] if self._front else self._declared(config, "bos_token")
         self.eos_id = self._declared(config, "eos_token")
-        pad = _content(config.get("pad_token"))
+        pad = content_of(config.get("pad_token"))
         self.pad_id = None if pad is None else self.id_of(pad)
 
     @classmethod
@@ -136,12 +138,12 @@ class Tokenizer:
             # Two marks go in decoding: Transformers takes one away, and sentencepiece another.
             where: Literal["always", "never"] = "always" if proto.dummy_prefix else "never"
             model = _Sentencepiece(_Prefix(where), 2, symbols, proto.silent)
-        bos = _content(config["bos_token"]) if config.get("add_bos_token", True) else None
+        bos = content_of(config["bos_token"]) if config.get("add_bos_token", True) else None
         ids = {piece.text: id for id, piece in enumerate(proto.pieces)}
-        names = [_content(config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")]
-        tokens = {name: _token(ids[name], name) for name in (*marks, *names) if name in ids}
-        tokens |= {content: _token(id, content) for content, id in (added or {}).items()}
-        tokens |= {token["content"]: token for token in _declared_tokens(config)}
+        names = [content_of(config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")]
+        tokens = {name: added_token(ids[name], name) for name in (*marks, *names) if name in ids}
+        tokens |= {content: added_token(id, content) for content, id in (added or {}).items()}
+        tokens |= {token["content"]: token for token in declared_tokens(config)}
         return cls(proto.as_json(list(tokens.values()), bos), config, model=model)
 
     @classmethod
@@ -193,7 +195,7 @@ class Tokenizer:
         return TextStream(self._decoder)
 
     def _declared(self, config: Mapping[str, Any], name: str) -> int | None:
-        token = _content(config.get(name))
+        token = content_of(config.get(name))
         if token is not None and self.id_of(token) is None:
             raise UserError(
                 f"the tokenizer's {name} is {token!r}, which its vocabulary does not have",
@@ -247,7 +249,8 @@ class Tokenizer:
     def _tokenised(self, section: _Section, prefix: str) -> tuple[list[int], list[bool]]:
         """A token is learned when its first character is; a space mark put in front belongs to the first one."""
         try:
-            found = self._text.encode(prefix + section.text, add_special_tokens=False)
+            with _LibraryErrors("get tokenizer.json again from where the model came"):
+                found = self._text.encode(prefix + section.text, add_special_tokens=False)
         except (TypeError, UnicodeEncodeError) as problem:
             raise UserError(
                 "the text holds half of a character pair (a lone surrogate), which is not Unicode",
@@ -299,6 +302,9 @@ def _library(text: str) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     if not isinstance(model, dict) or model.get("type") != "BPE":
         kind = model.get("type") if isinstance(model, dict) else None
         raise UserError(f"the tokenizer.json is of kind {kind!r}; pumice reads 'BPE'", hint=hint)
+    if not isinstance(model.get("vocab"), dict) or not model["vocab"]:
+        raise UserError("the tokenizer.json has no vocabulary", hint=hint)
+    _refuse_unknown_steps(spec, hint)
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
             raise UserError(f"the tokenizer.json has a {name}, which pumice does not support", hint=hint)
@@ -309,8 +315,24 @@ def _library(text: str) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     return library, spec
 
 
+_STEPS = {
+    "normalizer": ("normalizers", {"Prepend", "Replace", "NFC", "NFD", "NFKC", "NFKD"}),
+    "pre_tokenizer": ("pretokenizers", {"Split", "ByteLevel", "Metaspace", "Digits"}),
+}
+
+
+def _refuse_unknown_steps(spec: Mapping[str, Any], hint: str) -> None:
+    """What the tokenizers of the Llama family do before the pairing, and nothing else: the library's other steps end
+    the process's patience, or the process, on damaged settings."""
+    for place, (inner, known) in _STEPS.items():
+        for step in steps_of(spec.get(place), inner):
+            if step["type"] not in known:
+                raise UserError(f"the tokenizer.json has a {place} of type {step['type']!r}", hint=hint)
+
+
 class _LibraryErrors:
-    """Turns the library's error into a UserError: it is of class Exception itself, which nothing else here raises."""
+    """Turns the library's errors into a UserError: they are of class Exception itself, which nothing else here raises,
+    and where its code did not expect the file, of a class that it exports under no name."""
 
     def __init__(self, hint: str) -> None:
         self._hint = hint
@@ -318,7 +340,7 @@ class _LibraryErrors:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: object) -> None:
-        if kind is Exception:
+        if kind is not None and (kind is Exception or kind.__name__ == "PanicException"):
             raise UserError(f"the tokenizer.json does not hold together: {problem}", hint=self._hint) from problem
 
 
@@ -371,9 +393,9 @@ def _front(spec: Mapping[str, Any], library: tokenizers.Tokenizer) -> list[int]:
 def _add_missing(library: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
     """Tokens that only tokenizer_config.json names, as Transformers adds them."""
     known = {token.content for token in library.get_added_tokens_decoder().values()}
-    for token in _declared_tokens(config):
+    for token in declared_tokens(config):
         if token["content"] not in known:
-            library.add_tokens([tokenizers.AddedToken(token["content"], **_flags(token))])
+            library.add_tokens([tokenizers.AddedToken(token["content"], **flags(token))])
         if library.token_to_id(token["content"]) != token["id"]:
             raise UserError(
                 f"tokenizer_config.json gives {token['content']!r} the id {token['id']}, the vocabulary gives it "
@@ -382,47 +404,18 @@ def _add_missing(library: tokenizers.Tokenizer, config: Mapping[str, Any]) -> No
             )
 
 
-def _declared_tokens(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The `added_tokens_decoder` of a tokenizer_config.json, in the order of the ids."""
-    try:
-        declared = sorted((int(id), token) for id, token in config.get("added_tokens_decoder", {}).items())
-        return [{**_token(id, token["content"]), **_flags(token)} for id, token in declared]
-    except (AttributeError, KeyError, TypeError, ValueError) as problem:
-        raise UserError(
-            f"the added_tokens_decoder of tokenizer_config.json is damaged: {problem!r}",
-            hint='it maps ids to tokens: {"32000": {"content": "<image>", "special": true}}',
-        ) from problem
-
-
-def _token(id: Any, content: Any) -> dict[str, Any]:
-    """An added token as tokenizer.json writes it."""
-    if not isinstance(id, int) or not isinstance(content, str):
-        raise UserError(
-            f"an added token has the id {id!r} and the content {content!r}",
-            hint='added_tokens.json maps tokens to numbers: {"<image>": 32000}',
-        )
-    return {"id": id, "content": content, **_flags({"special": True})}
-
-
-def _flags(token: Mapping[str, Any]) -> dict[str, bool]:
-    return {name: bool(token.get(name)) for name in ("single_word", "lstrip", "rstrip", "normalized", "special")}
-
-
-def _content(token: Any) -> str | None:
-    """A token of tokenizer_config.json: a string, or an object with its content."""
-    content = token.get("content") if isinstance(token, Mapping) else token
-    return content if isinstance(content, str) else None
-
-
 def _read(path: Path) -> bytes:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"there is no file {path}", hint="name a tokenizer.json or a tokenizer.model")
     if path.stat().st_size > LARGEST_FILE_BYTES:
         raise UserError(
             f"{path} has {path.stat().st_size} bytes, too many for a tokenizer",
             hint=f"the largest that pumice reads has {LARGEST_FILE_BYTES}",
         )
-    return path.read_bytes()
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}", hint="check who may read it") from error
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pumice.checkpoints import hf, original
-from pumice.checkpoints.fields import read_json
+from pumice.checkpoints.fields import read_json, reading
 from pumice.checkpoints.form import Checkpoint, expected_tensors
-from pumice.checkpoints.hf_writer import write_hf
+from pumice.checkpoints.hf_writer import check_writable, write_hf
 from pumice.checkpoints.tensors import Tensors
 from pumice.errors import UserError
 
-__all__ = ["Checkpoint", "Tensors", "companions", "expected_tensors", "read", "write_hf"]
+__all__ = ["Checkpoint", "Tensors", "check_writable", "companions", "expected_tensors", "read", "write_hf"]
 
 
 def read(path: Path, *, base: Path | None = None, tower: Path | None = None, template: str | None = None) -> Checkpoint:
@@ -28,6 +28,11 @@ def read(path: Path, *, base: Path | None = None, tower: Path | None = None, tem
     Raises UserError: a file that is missing, damaged or hostile; a model that pumice does not run, by what is different
     about it; a tensor that is missing, extra or of the wrong shape, by its name.
     """
+    with reading(path):
+        return _read(path, base, tower, template)
+
+
+def _read(path: Path, base: Path | None, tower: Path | None, template: str | None) -> Checkpoint:
     if not path.is_dir():
         raise UserError(f"{path} is not a folder", hint="give the folder that holds config.json and the weights")
     if not (path / "config.json").is_file():

@@ -5,8 +5,8 @@ file and key. What is not asked for is never looked at, so `auto_map` and its li
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeGuard, TypeVar
 
@@ -16,6 +16,8 @@ MAX_JSON_BYTES = 32 * 2**20
 """Several times the largest index of a published checkpoint."""
 MAX_SIZE = 2**20
 """Above every width, vocabulary or length of a checkpoint that exists."""
+MAX_NUMBER = 1e300
+"""JSON has integers that no float can hold."""
 
 _T = TypeVar("_T")
 
@@ -107,7 +109,7 @@ def is_whole(value: object) -> TypeGuard[int]:
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and -MAX_NUMBER < value < MAX_NUMBER
 
 
 def shown(value: object) -> str:
@@ -118,13 +120,22 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:60]}… ({len(text)} characters)"
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what the system says about a file that cannot be read into a UserError."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {path}", hint="the checkpoint is incomplete; get it again") from error
+    except OSError as error:
+        name = error.filename or path
+        raise UserError(f"{name} cannot be read: {error.strerror}", hint="check who may read it") from error
+
+
 def read_json(path: Path) -> Fields:
     """The object in a JSON file. Raises UserError when it cannot be read, is no JSON or no object."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_JSON_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}", hint="check who may read it") from error
+    with reading(path), path.open("rb") as file:
+        data = file.read(MAX_JSON_BYTES + 1)
     if len(data) > MAX_JSON_BYTES:
         raise UserError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB", hint="no checkpoint needs such a file")
     try:

@@ -53,10 +53,9 @@ def write_hf(
     state: the tensors of `expected_tensors(config)`. tokenizer_files: a folder whose tokenizer is copied. dtype: what
     the weights are cast to; None keeps theirs. A shard is as large as max_shard_bytes, or as its one tensor.
 
-    Raises UserError: the folder is there already and not empty; the state does not fit the config; a config that
-    Transformers' classes cannot express (a projector of another depth, the authors' image rules, no <image> token).
+    Raises UserError: what `check_writable` raises; the state does not fit the config.
     """
-    _check_expressible(config, tokenizer_files)
+    check_writable(folder, config, tokenizer_files=tokenizer_files)
     expected = expected_tensors(config)
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     wrong = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
@@ -65,8 +64,6 @@ def write_hf(
             f"the weights do not fit the config: {listed(wrong)} is missing, extra or of another shape",
             hint="write a model with the config that it was made from",
         )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is there already", hint="name a new folder, or remove that one")
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -80,26 +77,38 @@ def write_hf(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check_expressible(config: LlavaConfig, tokenizer_files: Path) -> None:
+def check_writable(folder: Path, config: LlavaConfig, *, tokenizer_files: Path) -> None:
+    """For those who have long work to do before they write: would `write_hf` take this folder and this config?
+
+    Raises UserError: the folder is there already and not empty; a config that Transformers' classes cannot express (a
+    projector of another depth, the authors' image rules, no <image> token).
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there already", hint="name a new folder, or remove that one")
     if config.vision is None or config.projector is None or config.image is None:
         return
     if config.projector.layers != 2:
         raise UserError(
             f"the projector has {config.projector.layers} layers; Transformers' LLaVA has 2",
-            hint="keep this model in the authors' format",
+            hint="keep this model in the authors' format; to train, start from a model whose projector has 2 layers",
         )
-    if config.image.mode == "anyres" and not (config.image.rounds_unpad and config.has_newline):
-        raise UserError(
-            "the model prepares images by the LLaVA authors' rules, which a Hugging Face folder cannot say",
-            hint="""write it with image=config.image.under("hf") and check its answers""",
-        )
-    if config.family == "llava-1.6" and config.vision.keep_class_token:
-        raise UserError("LLaVA 1.6 in Transformers has no class token among its features", hint="write it as LLaVA 1.5")
     found = Tokenizer.from_folder(tokenizer_files).id_of("<image>")
     if found != config.image_token_id or found is None:
         raise UserError(
             f"<image> is token {config.image_token_id} to the model and {found} to the tokenizer in {tokenizer_files}",
-            hint="Transformers needs it in the vocabulary; add the token and a row of the embedding first",
+            hint="Transformers needs it in the vocabulary: start from this model's Hugging Face folder, "
+            "or add the token and a row of the embedding first",
+        )
+    if config.image.mode == "anyres" and not (config.image.rounds_unpad and config.has_newline):
+        raise UserError(
+            "the model prepares images by the LLaVA authors' rules, which a Hugging Face folder cannot say",
+            hint="""take Transformers' rules, preprocess = "hf" in a recipe and config.image.under("hf") in Python; """
+            "answers may change",
+        )
+    if config.family == "llava-1.6" and config.vision.keep_class_token:
+        raise UserError(
+            "LLaVA 1.6 in Transformers has no class token among its features",
+            hint="write it as LLaVA 1.5; to train, start from a model whose features are the patches alone",
         )
 
 

@@ -73,7 +73,13 @@ def _pairs(path: Path) -> dict[str, dict[str, Entry]]:
                 f"{path} holds {shown(key)}, which is no factor of a LoRA",
                 hint="pumice reads plain LoRA adapters of PEFT",
             )
-        pairs.setdefault(canonical(f"{match['module']}.weight"), {})[match["side"]] = entry
+        sides = pairs.setdefault(canonical(f"{match['module']}.weight"), {})
+        if match["side"] in sides:
+            raise UserError(
+                f"{path}: {shown(sides[match['side']].key)} and {shown(key)} are the same factor",
+                hint="the file mixes two adapters; get it again",
+            )
+        sides[match["side"]] = entry
     if alone := [name for name, sides in pairs.items() if len(sides) != 2]:
         raise UserError(f"{path} holds only one factor of {listed(alone)}", hint="get the adapter again")
     return pairs

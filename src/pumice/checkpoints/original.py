@@ -135,7 +135,7 @@ def _image(config: Fields, mode: Mode, tower: _Tower, vision: VisionConfig) -> I
     fields = tower.preprocessor
     if not fields.names:
         fields = Fields({"size": vision.image_px, "crop_size": vision.image_px}, "CLIP's preprocessing")
-    return replace(image_config(fields, mode, vision, turned), rounds_unpad=False)
+    return replace(image_config(fields, mode, vision, turned), rules="original")
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ MAX_LAYERS = 512
 MAX_PX = 4096
 """The longest edge of a tile or canvas; published canvases end at 1008."""
 MAX_PINPOINTS = 256
+MAX_TILES = 64
+"""Of one canvas; published canvases have up to 4."""
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -174,7 +176,6 @@ def image_config(fields: Fields, mode: Mode, vision: VisionConfig, pinpoints: tu
         rescale=fields.number("rescale_factor", 1 / 255),
         resample=fields.whole("resample", 3, least=0, most=5),
         pinpoints=pinpoints if mode == "anyres" else (),
-        rounds_unpad=mode == "anyres",
     )
 
 
@@ -227,6 +228,11 @@ def pinpoints(fields: Fields, default: tuple[Size, ...], tile_px: int) -> tuple[
         if pair[0] % tile_px or pair[1] % tile_px:
             raise UserError(
                 f"{fields.source}: image_grid_pinpoints has {list(pair)}, which is not made of {tile_px} px tiles",
+                hint="the file belongs to another vision tower, or is damaged",
+            )
+        if pair[0] * pair[1] > MAX_TILES * tile_px**2:
+            raise UserError(
+                f"{fields.source}: image_grid_pinpoints has {list(pair)}, more than {MAX_TILES} tiles of {tile_px} px",
                 hint="the file belongs to another vision tower, or is damaged",
             )
     return found

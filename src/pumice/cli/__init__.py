@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from pumice.cli import look, run
+from pumice.cli.terminal import prepare_streams, print_error
 from pumice.errors import UserError
 
 
@@ -22,7 +23,7 @@ def guarded(verb: Callable[..., None]) -> Callable[..., None]:
         try:
             verb(*arguments, **options)
         except UserError as error:
-            print(f"error: {_one_line(error.message)}\n{_one_line(error.hint)}", file=sys.stderr)
+            print_error(error)
             sys.exit(2)
         except KeyboardInterrupt:
             sys.exit(130)
@@ -64,8 +65,5 @@ def _options(
 
 def main() -> None:
     """The entry point."""
+    prepare_streams()
     app()
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -7,11 +7,15 @@ import importlib
 import sys
 from collections.abc import Iterator, Sequence
 
-from pumice.cli.paths import images_in
+from pumice.cli.paths import images_in, real_path, refuse_mark
+from pumice.cli.terminal import print_error, read_line
 from pumice.engine.sampling import Sampling
 from pumice.errors import UserError
+from pumice.image import open_image
 from pumice.model import Chat, Model
 
+COMMANDS = ("/image", "/clear", "/help", "/?")
+LEAVING = ("/bye", "/exit")
 FENCE = '"""'
 HELP = """/image PATH   attach an image to the next message (a path in the message does too)
 /clear        forget the conversation
@@ -27,17 +31,23 @@ def talk(model: Model, *, system: str | None, sampling: Sampling, images: Sequen
         importlib.import_module("readline")
     chat = model.chat(system=system, sampling=sampling)
     pending = list(images)
+    for path in pending:
+        _check_image(model, path)
     print("Ask away; /help lists the commands.", file=sys.stderr)
     for message in _messages():
+        word = message.split()[0]
         try:
-            if not message.startswith("/") or images_in(message)[1]:
-                pending = _turn(chat, message, pending)
-            elif message.split()[0] in ("/bye", "/exit"):
+            if word in LEAVING:
                 return
+            if word in COMMANDS or (word.startswith("/") and not images_in(message)[1]):
+                pending = _command(model, chat, message, pending)
             else:
-                pending = _command(chat, message, pending)
+                pending = _turn(chat, message, pending)
         except UserError as error:
-            print(f"error: {error.message}\n{error.hint}", file=sys.stderr)
+            print_error(error)
+            if pending:
+                print("(attached images are dropped)", file=sys.stderr)
+                pending = []
 
 
 def _turn(chat: Chat, message: str, pending: list[str]) -> list[str]:
@@ -49,11 +59,7 @@ def _turn(chat: Chat, message: str, pending: list[str]) -> list[str]:
     if not text:
         print("Attached; now ask.", file=sys.stderr)
         return images
-    if "<image>" in text:
-        raise UserError(
-            "the message holds the mark <image>, which is plain text here",
-            hint="attach images with /image PATH, or name their paths",
-        )
+    refuse_mark(text, "attach images with /image PATH, or name their paths")
     try:
         for piece in chat.stream(text, images):
             print(piece, end="", flush=True)
@@ -63,13 +69,13 @@ def _turn(chat: Chat, message: str, pending: list[str]) -> list[str]:
     return []
 
 
-def _command(chat: Chat, message: str, pending: list[str]) -> list[str]:
+def _command(model: Model, chat: Chat, message: str, pending: list[str]) -> list[str]:
     """Obey a slash; returns the images that wait for the next message."""
     word, _, rest = message.partition(" ")
     match word:
         case "/image" if rest.strip():
-            path = rest.strip().strip("'\"").replace("\\ ", " ")
-            _check_image(path)
+            path = real_path(rest)
+            _check_image(model, path)
             print(f"Added image '{path}'", file=sys.stderr)
             return [*pending, path]
         case "/clear":
@@ -83,9 +89,9 @@ def _command(chat: Chat, message: str, pending: list[str]) -> list[str]:
             raise UserError(f"{message!r} is no command", hint="/help lists them")
 
 
-def _check_image(path: str) -> None:
-    from pumice.image import open_image
-
+def _check_image(model: Model, path: str) -> None:
+    """Raises UserError now for what would fail later: no such picture, or a model without eyes."""
+    model.eyes()
     open_image(path)
 
 
@@ -93,11 +99,11 @@ def _messages() -> Iterator[str]:
     """Messages from stdin, without outer white space; ends at the end of the input."""
     while True:
         try:
-            line = input(">>> ").strip()
+            line = read_line(">>> ").strip()
             if line.startswith(FENCE):
                 lines = [line.removeprefix(FENCE)]
                 while not lines[-1].rstrip().endswith(FENCE) or (len(lines) == 1 and not lines[0].strip()):
-                    lines.append(input("... "))
+                    lines.append(read_line("... "))
                 line = "\n".join(lines).rstrip().removesuffix(FENCE).strip()
         except EOFError:
             print(file=sys.stderr)

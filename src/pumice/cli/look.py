@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from pumice.config import LlavaConfig
     from pumice.image import ImageLike, Prepared
     from pumice.question import Prompter, Seen
+
+WHOSE = {"hf": "Transformers'", "original": "the authors'"}
 
 
 def list_models() -> None:
@@ -61,8 +64,7 @@ def described(checkpoint: Checkpoint) -> dict[str, object]:
             "vision_tower": f"{vision.layers} layers, width {vision.width}, {vision.heads} heads, features of "
             f"hidden state {', '.join(map(str, vision.feature_layers))}",
             "tile": f"{vision.image_px} px in patches of {vision.patch_px}: {vision.tile_tokens} tokens",
-            "images": image.mode
-            + (", Transformers' rules" if image.rounds_unpad or image.mode == "crop" else ", the authors' rules"),
+            "images": f"{image.mode}, {WHOSE[image.rules]} rules",
             "canvases": " ".join(f"{width}x{height}" for height, width in image.pinpoints) or "none: one view an image",
         }
     facts |= {
@@ -113,10 +115,12 @@ def prompt(
     as_json: AsJson = False,
 ) -> None:
     """Show what a model really sees: the exact prompt, every token with its id, the tiles of each image."""
+    from pumice.question import listed
+
     asked = options.question(text or "", image or [], system=system, raw=raw)
     prompter = _prompter(options.source(model, template, preprocess, beside).checkpoint(), model)
     seen = prompter.see(asked)
-    saved = _save(prompter, asked.images, save_tiles) if save_tiles else []
+    saved = _save(prompter, listed(asked.image), save_tiles) if save_tiles else []
     if as_json:
         print(json.dumps(_seen(prompter, seen) | {"saved": saved}, ensure_ascii=False))
         return
@@ -178,16 +182,23 @@ def _seen(prompter: Prompter, seen: Seen) -> dict[str, object]:
 
 def _save(prompter: Prompter, images: Sequence[ImageLike], folder: Path) -> list[str]:
     """Write each image's views as PNG files; returns their paths."""
-    try:
+    with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be made: {error.strerror}", hint="name a folder that you may write to"
-        ) from error
     saved = []
     for number, pictures in enumerate(prompter.views(images), 1):
         for place, picture in enumerate(pictures):
             path = folder / f"image{number}-{'base' if place == 0 else f'tile{place}'}.png"
-            picture.save(path)
+            with _writing(path):
+                picture.save(path)
             saved.append(str(path))
     return saved
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror}", hint="name a folder that you may write to"
+        ) from error

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import enum
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-
-from pumice.errors import UserError
 
 if TYPE_CHECKING:
     from pumice.model import Source
@@ -56,9 +52,8 @@ def source(name: str, template: str | None, preprocess: Rule | None, beside: lis
 
 
 def question(prompt: str, images: list[str], *, system: str | None, raw: bool) -> Question:
-    """A question from the command line: images named in the prompt are attached. Raises UserError for a literal
-    `<image>`, which the authors' scripts used and which here would only be text."""
-    from pumice.cli.paths import images_in
+    """A question from the command line: images named in the prompt are attached."""
+    from pumice.cli.paths import images_in, refuse_mark
     from pumice.question import Question
 
     if raw:
@@ -66,22 +61,6 @@ def question(prompt: str, images: list[str], *, system: str | None, raw: bool) -
     text, named = images_in(prompt)
     for path in named:
         print(f"Added image '{path}'", file=sys.stderr)
-    if "<image>" in text:
-        raise UserError(
-            "the prompt holds the mark <image>, which is plain text here",
-            hint="attach images with -i, they stand before the text; --raw sends a prompt with marks as it stands",
-        )
+    refuse_mark(text, "attach images with -i, they stand before the text; --raw sends a prompt with marks as it stands")
     attached: Images = [*images, *named]
     return Question(text, attached, system)
-
-
-@contextmanager
-def busy(what: str) -> Iterator[None]:
-    """Say on a terminal's stderr what takes time; a pipe or a log gets nothing."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status(what):
-        yield

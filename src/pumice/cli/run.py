@@ -23,6 +23,7 @@ from pumice.cli.options import (
     System,
     Template,
 )
+from pumice.cli.terminal import busy
 from pumice.errors import UserError
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def run(
     pumice run pebble "What does the sign say?" -i sign.png
     """
     text = _prompt(prompt)
-    with options.busy("loading"):
+    with busy("loading"):
         from pumice.engine.sampling import Sampling
         from pumice.model import load_from
 

@@ -17,7 +17,7 @@ from pumice.engine.sampling import Sampler, Sampling
 from pumice.network.llama import Batch
 from pumice.network.llava import Llava
 
-__all__ = ["Request", "Run", "Sampling", "Step"]
+__all__ = ["Request", "Run", "Sampling", "Step", "position_bytes"]
 
 GROW_POSITIONS = 256
 """Room is added in blocks, so that a high limit on new tokens costs no memory before they come."""
@@ -75,10 +75,15 @@ class RowCache:
     def aim(self, rows: slice, positions_BT: Tensor, length: int) -> None:
         """The next pass writes the positions of these rows and reads the first `length` positions."""
         self._rows, self._positions_BT, self._length = rows, positions_BT, length
+        self.widen(length)
+
+    def widen(self, length: int) -> None:
+        """Make room for so many positions. Layer after layer, so that one layer at a time is in memory twice."""
         if length > self.keys[0].shape[2]:
             room = -(-length // GROW_POSITIONS) * GROW_POSITIONS
-            self.keys = [_widened(each, room) for each in self.keys]
-            self.values = [_widened(each, room) for each in self.values]
+            for cached in (self.keys, self.values):
+                for layer, each in enumerate(cached):
+                    cached[layer] = _widened(each, room)
 
     def extend(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
         k_BKSE, v_BKSE = self.keys[layer][self._rows], self.values[layer][self._rows]
@@ -91,6 +96,12 @@ class RowCache:
         """Drop all other rows; the kept ones close up."""
         self.keys = [each[places] for each in self.keys]
         self.values = [each[places] for each in self.values]
+
+
+def position_bytes(model: Llava) -> int:
+    """What the keys and values of one position take."""
+    config = model.config.text
+    return 2 * config.layers * config.kv_heads * config.head_width * model.language_model.embed_tokens.weight.itemsize
 
 
 def _widened(cached_BKSE: Tensor, room: int) -> Tensor:
@@ -110,6 +121,7 @@ class Run:
         self._model = model
         self._device = model.language_model.embed_tokens.weight.device
         self._cache = RowCache(model, len(requests))
+        self._cache.widen(max((len(each.ids) for each in requests), default=0))
         self._rows = [
             _Row(index, request, Sampler(request.sampling, request.ids)) for index, request in enumerate(requests)
         ]

@@ -6,7 +6,6 @@ V vocabulary
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,8 @@ from torch import Tensor
 from pumice.errors import UserError
 
 MAX_STOPS = 64
+COLDEST = 1e-6
+"""A temperature below draws the same token as this one: the best."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         # One text or a list is what people write; a frozen value wants a tuple.
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, Sequence):
+            raise UserError(f"stop is {stop!r}", hint="give a text, or a list of texts")
+        object.__setattr__(self, "stop", tuple(stop))
         _check("temperature", self.temperature, 0.0, 100.0)
         _check("top_k", self.top_k, 0, 2**31)
         _check("top_p", self.top_p, 0.0, 1.0)
@@ -60,7 +64,7 @@ class Sampling:
 def _check(name: str, value: float, low: float, high: float) -> None:
     whole = isinstance(low, int)
     fits = isinstance(value, int) if whole else isinstance(value, int | float)
-    if not fits or isinstance(value, bool) or math.isnan(value) or not low <= value <= high:
+    if not fits or isinstance(value, bool) or not low <= value <= high:
         kind = "a whole number" if whole else "a number"
         raise UserError(f"{name} is {value!r}", hint=f"give {kind} from {low} to {high}")
 
@@ -78,10 +82,17 @@ class Sampler:
         self._seen = {token for token in prompt_ids if token >= 0} if sampling.repetition_penalty != 1.0 else None
 
     def draw(self, logits_V: Tensor) -> int:
-        """The next token id, from scores of one position; remembers it."""
+        """The next token id, from scores of one position; remembers it. Raises UserError for scores that are no
+        numbers."""
         settings = self.sampling
+        best = int(logits_V.argmax())
+        if not logits_V[best].isfinite():  # a score that is no number counts as the largest
+            raise UserError(
+                "the model's scores are not numbers",
+                hint="its weights are damaged, or too large for their type: try --dtype float32",
+            )
         if settings.temperature == 0 and self._seen is None:
-            return int(logits_V.argmax())
+            return best
         scores_V = logits_V.detach().float().cpu()
         if self._seen is not None:
             scores_V = penalise(scores_V, sorted(self._seen), settings.repetition_penalty)
@@ -103,7 +114,8 @@ def penalise(scores_V: Tensor, seen: list[int], penalty: float) -> Tensor:
 
 def probabilities(scores_V: Tensor, sampling: Sampling) -> Tensor:
     """What is drawn from: softmax after temperature, top-k, top-p and min-p; at least one token stays."""
-    scores_V = scores_V / sampling.temperature
+    # From the best score down: however cold, the best keeps its share and no quotient leaves float32.
+    scores_V = (scores_V - scores_V.max()) / max(sampling.temperature, COLDEST)
     if 0 < sampling.top_k < len(scores_V):
         floor = scores_V.topk(sampling.top_k).values[-1]
         scores_V = scores_V.masked_fill(scores_V < floor, float("-inf"))

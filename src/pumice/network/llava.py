@@ -113,11 +113,10 @@ def merge(tiles_NPD: Tensor, grid: Grid, newline_D: Tensor | None) -> Tensor:
 @torch.inference_mode()
 def generate(model: Llava, ids: Sequence[int], features: Sequence[Tensor], max_tokens: int) -> Iterator[int]:
     """Greedy, one sequence, no cache: the whole row again for each token. Every faster loop must agree with it."""
-    row = list(ids)
+    x_1TD = model.embed(torch.tensor([list(ids)]), features)
     for _ in range(max_tokens):
-        hidden_BTD = model(model.embed(torch.tensor([row]), features))
-        token = int(model.logits(hidden_BTD[0, -1]).argmax())
-        yield token
-        if token in model.config.stop_ids:
+        token = model.logits(model(x_1TD)[0, -1]).argmax()
+        yield int(token)
+        if int(token) in model.config.stop_ids:
             return
-        row.append(token)
+        x_1TD = torch.cat((x_1TD, model.language_model.embed_tokens(token.view(1, 1))), dim=1)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from pumice.errors import UserError, nearest
+from pumice.errors import UserError, nearest, shortened
 
 BUNDLED = {"pebble": "pebble-1.6", "pebble:1.6": "pebble-1.6", "pebble:1.5": "pebble-1.5"}
 """Names of the models inside the package, and their folders."""
@@ -15,21 +16,22 @@ def resolve(name: str | Path) -> Path:
 
     Raises UserError, with the nearest names, where there is neither.
     """
-    path = Path(name).expanduser()
-    if path.is_dir() and ((path / "config.json").is_file() or str(name) not in BUNDLED):
+    path = Path(os.path.expanduser(name))
+    # os.path says no, where Path raises, to names that no file can have and to folders that may not be entered.
+    if os.path.isdir(path) and (os.path.isfile(path / "config.json") or str(name) not in BUNDLED):
         return path
     if str(name) in BUNDLED:
         return Path(__file__).resolve().parent.parent / "pebble" / BUNDLED[str(name)]
-    if path.exists():
+    if os.path.exists(path):
         raise UserError(
             f"{path} is a file; pumice loads folders in Hugging Face's or the LLaVA authors' format",
             hint="give the folder that holds config.json and the weights",
         )
-    raise UserError(f"there is no model named {str(name)!r} here", hint=nearest(str(name), _names_near(path)))
+    raise UserError(f"there is no model named {shortened(str(name))} here", hint=nearest(str(name), _names_near(path)))
 
 
 def _names_near(path: Path) -> list[str]:
     """Bundled names, and folders beside the missing path that look like checkpoints."""
     parent = path.parent
-    folders = [str(each.parent) for each in parent.glob("*/config.json")] if parent.is_dir() else []
+    folders = [str(each.parent) for each in parent.glob("*/config.json")] if os.path.isdir(parent) else []
     return [*BUNDLED, *folders]

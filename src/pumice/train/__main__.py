@@ -1,4 +1,7 @@
-"""python -m pumice.train RECIPE.toml --output DIR"""
+"""python -m pumice.train RECIPE.toml --output DIR
+
+Exit codes: 0 done, 2 something given was wrong, 130 stopped by Ctrl-C.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ from pumice.train import read_recipe, train
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m pumice.train", description="Run one stage of training; resumable.")
+    parser = argparse.ArgumentParser(
+        prog="python -m pumice.train",
+        description="Run one stage of training. Stopped, by Ctrl-C or otherwise, the same command goes on.",
+    )
     parser.add_argument("recipe", type=Path, help="a TOML file; recipes/ has some")
     parser.add_argument("--output", type=Path, required=True, help="log, state and the trained model go there")
     chosen = parser.parse_args()
@@ -20,6 +26,9 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "stopped", file=sys.stderr)
+        return 130
     return 0
 
 

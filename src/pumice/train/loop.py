@@ -5,13 +5,11 @@ B rows · T positions · D width · L learned positions
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-import os
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,8 +21,9 @@ from pumice.config import LlavaConfig
 from pumice.errors import UserError
 from pumice.network.llava import Llava
 from pumice.tokenizer import Tokenizer
-from pumice.train.data import IGNORED, Dataset, JsonDataset, TrainBatch, collate, encode
+from pumice.train.data import IGNORED, Dataset, JsonDataset, Row, TrainBatch, collate, encode
 from pumice.train.recipe import Part, Recipe
+from pumice.train.state import State, log_from, stop_signals
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 
@@ -32,37 +31,71 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8
 def train(recipe: Recipe, *, output: Path, dataset: Dataset | None = None, resume: bool = True) -> Path:
     """Run a recipe to its end and write the trained checkpoint, a Hugging Face folder: `output/model`.
 
-    `output` also gets log.jsonl (a line a step: step, loss, rate, gradient norm, seconds) and, until the end,
-    state.pt, from which an interrupted run resumes exactly. SIGTERM saves the state and stops.
+    `output` also gets log.jsonl (a line a step: step, loss, the parts' rates, gradient norm, seconds) and, until the
+    checkpoint is written, state.pt, from which an interrupted run resumes exactly; not resume: from the first step.
+    SIGTERM and Ctrl-C end the step, save the state and stop (SystemExit, KeyboardInterrupt); a second Ctrl-C does not
+    wait. What is wrong with a sample stops the run too, its state saved.
 
-    Raises UserError for what is wrong with the recipe, the model or a sample.
+    Raises UserError, before the first step, for what is wrong with the recipe or the model, a run that is finished
+    (output/model is there) or was begun with another recipe; later, for what is wrong with a sample.
     """
     checkpoint = checkpoints.read(store.resolve(recipe.model))
-    if checkpoint.config.vision is None and set(recipe.parts) != {"language_model"}:
-        raise UserError(
-            f"{recipe.model} is a text model", hint='train parts = ["language_model"], or start from a LLaVA'
-        )
+    config, folder = _config(checkpoint.config, recipe), output / "model"
+    checkpoints.check_writable(folder, config, tokenizer_files=checkpoint.path)
+    data = dataset if dataset is not None else _named_data(recipe)
+    if not len(data):
+        raise UserError("the data set has no samples", hint="give at least one")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output} cannot be made: {error.strerror}", hint="name a folder to write to") from error
     network = build(checkpoint)
-    data = dataset if dataset is not None else JsonDataset(Path(recipe.data), Path(recipe.images))
-    output.mkdir(parents=True, exist_ok=True)
-    state_file = output / "state.pt"
     optimiser = torch.optim.AdamW(groups(network, recipe), betas=BETAS, eps=EPSILON, weight_decay=recipe.weight_decay)
-    step = _resumed(state_file, network, optimiser) if resume and state_file.exists() else 0
-    with _stop_signal() as stopped, (output / "log.jsonl").open("a", encoding="utf-8") as log:
-        while step < recipe.steps:
-            started = time.perf_counter()
-            batch = draw(data, step, recipe, checkpoint.config, checkpoint.tokenizer)
-            line = {"step": step} | _step(network, optimiser, batch, recipe, step)
-            step += 1
-            log.write(json.dumps(line | {"seconds": round(time.perf_counter() - started, 4)}) + "\n")
-            if stopped() or step % recipe.save_every == 0 or step == recipe.steps:
-                log.flush()
-                _save(state_file, network, optimiser, step)
-            if stopped() and step < recipe.steps:
-                raise SystemExit(f"stopped at step {step} of {recipe.steps}; the same command goes on from there")
-    folder = output / "model"
-    checkpoints.write_hf(folder, checkpoint.config, network.state_dict(), tokenizer_files=checkpoint.path)
+    state = State(output / "state.pt", recipe, network, optimiser)
+    if not resume:
+        state.remove()
+    step = state.resume()
+    with stop_signals() as stop, log_from(output / "log.jsonl", step) as log:
+        try:
+            while step < recipe.steps and not stop.asked:
+                started = time.perf_counter()
+                rows = draw(data, step, recipe, config, checkpoint.tokenizer)
+                line = {"step": step, **_step(network, optimiser, rows, recipe, step)}
+                log.write(json.dumps(line | {"seconds": round(time.perf_counter() - started, 4)}) + "\n")
+                step += 1
+                if step % recipe.save_every == 0:
+                    state.save(step)
+        except UserError:  # raised before the optimiser moved: the state is that of the step before
+            state.save(step)
+            raise
+        state.save(step)
+        if step < recipe.steps:
+            stop.leave(f"stopped at step {step} of {recipe.steps}; the same command goes on from there")
+    checkpoints.write_hf(folder, config, network.state_dict(), tokenizer_files=checkpoint.path)
+    state.remove()
     return folder
+
+
+def _config(config: LlavaConfig, recipe: Recipe) -> LlavaConfig:
+    """The config that is trained and written."""
+    if config.image is None:
+        if set(recipe.parts) != {"language_model"} or recipe.preprocess:
+            raise UserError(
+                f"{recipe.model} is a text model",
+                hint='train parts = ["language_model"] without preprocess, or start from a LLaVA',
+            )
+        return config
+    if not recipe.preprocess:
+        return config
+    return dataclasses.replace(config, image=config.image.under(recipe.preprocess))
+
+
+def _named_data(recipe: Recipe) -> JsonDataset:
+    if not recipe.data:
+        raise UserError(
+            "the recipe names no data", hint="add the key `data`, a JSON file of samples, and `images`, their folder"
+        )
+    return JsonDataset(Path(recipe.data), Path(recipe.images))
 
 
 def build(checkpoint: checkpoints.Checkpoint) -> Llava:
@@ -82,7 +115,7 @@ def groups(network: Llava, recipe: Recipe) -> list[dict[str, object]]:
             chosen[part].append(weight)
     rates = {"vision_tower": recipe.tower_rate or recipe.rate}
     return [
-        {"params": weights, "lr": rates.get(part, recipe.rate), "peak": rates.get(part, recipe.rate)}
+        {"params": weights, "part": part, "lr": rates.get(part, recipe.rate), "peak": rates.get(part, recipe.rate)}
         for part, weights in chosen.items()
     ]
 
@@ -98,16 +131,17 @@ def part_of(name: str) -> Part:
             return "language_model"
 
 
-def draw(data: Dataset, step: int, recipe: Recipe, config: LlavaConfig, tokenizer: Tokenizer) -> TrainBatch:
+def draw(data: Dataset, step: int, recipe: Recipe, config: LlavaConfig, tokenizer: Tokenizer) -> list[Row]:
     """The batch of a step: a new shuffle for each pass over the data, the same for the same seed."""
     template = recipe.template or config.template
-    samples = []
+    rows = []
     for position in range(step * recipe.batch, (step + 1) * recipe.batch):
         epoch, place = divmod(position, len(data))
-        samples.append(data.sample(_shuffled(place, len(data), seed=recipe.seed + epoch)))
-    return collate(
-        [encode(each, config, tokenizer, template=template, max_tokens=recipe.max_tokens) for each in samples]
-    )
+        index = _shuffled(place, len(data), seed=recipe.seed + epoch)
+        sample = data.sample(index)
+        named = sample if sample.name else dataclasses.replace(sample, name=f"sample {index}")
+        rows.append(encode(named, config, tokenizer, template=template, max_tokens=recipe.max_tokens))
+    return rows
 
 
 def _shuffled(place: int, count: int, *, seed: int) -> int:
@@ -139,42 +173,23 @@ def rate_at(step: int, recipe: Recipe) -> float:
 
 
 def _step(
-    network: Llava, optimiser: torch.optim.Optimizer, batch: TrainBatch, recipe: Recipe, step: int
-) -> dict[str, float]:
-    share = rate_at(step, recipe)
+    network: Llava, optimiser: torch.optim.Optimizer, rows: Sequence[Row], recipe: Recipe, step: int
+) -> dict[str, object]:
+    """One step of the optimiser, the batch in stretches of `micro_batch`: each counts by its share of the learned
+    tokens, so that their gradients add up to the whole batch's."""
     for group in optimiser.param_groups:
-        group["lr"] = group["peak"] * share
+        group["lr"] = group["peak"] * rate_at(step, recipe)
     optimiser.zero_grad(set_to_none=True)
-    loss = loss_of(network, batch)
-    loss.backward()  # type: ignore[no-untyped-call]
+    size, learned, total = recipe.micro_batch or len(rows), sum(row.learned for row in rows), 0.0
+    for start in range(0, len(rows), size):
+        stretch = rows[start : start + size]
+        loss = loss_of(network, collate(stretch)) * (sum(row.learned for row in stretch) / learned)
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.item()
     learning = [weight for group in optimiser.param_groups for weight in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(learning, recipe.clip_norm)
-    if not math.isfinite(float(norm)):
-        raise UserError(f"the gradient at step {step} is {float(norm)}", hint="lower the learning rate")
+    norm = float(torch.nn.utils.clip_grad_norm_(learning, recipe.clip_norm))
+    if not math.isfinite(norm):
+        raise UserError(f"the gradient at step {step} is {norm}", hint="begin anew with a lower learning rate")
     optimiser.step()
-    return {"loss": round(loss.item(), 5), "rate": share * recipe.rate, "norm": round(float(norm), 4)}
-
-
-def _save(path: Path, network: Llava, optimiser: torch.optim.Optimizer, step: int) -> None:
-    """Everything the next step depends on; written beside and renamed, so that a kill leaves the older state whole."""
-    beside = path.with_suffix(".part")
-    torch.save({"network": network.state_dict(), "optimiser": optimiser.state_dict(), "step": step}, beside)
-    os.replace(beside, path)
-
-
-def _resumed(path: Path, network: Llava, optimiser: torch.optim.Optimizer) -> int:
-    state = torch.load(path, weights_only=True)
-    network.load_state_dict(state["network"])
-    optimiser.load_state_dict(state["optimiser"])
-    return int(state["step"])
-
-
-@contextmanager
-def _stop_signal() -> Iterator[Callable[[], bool]]:
-    """Inside, SIGTERM is remembered instead of obeyed; the value tells whether it has come."""
-    seen: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
-    try:
-        yield lambda: bool(seen)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    rates = {group["part"]: group["lr"] for group in optimiser.param_groups}
+    return {"loss": round(total, 5), "rates": rates, "norm": round(norm, 4)}

@@ -1,0 +1,47 @@
+"""What stands on the terminal beside an answer: errors, what is going on, what a person types."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pumice.errors import UserError
+
+
+def prepare_streams() -> None:
+    """Text that a stream's encoding cannot say, in either direction, is escaped instead of ending the process."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
+def print_error(error: UserError) -> None:
+    """Two lines: what is wrong, and what to do."""
+    print(f"error: {_one_line(error.message)}\n{_one_line(error.hint)}", file=sys.stderr)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def read_line(mark: str) -> str:
+    """A line that a person types after a mark. The mark is no part of an answer: it stays out of a file that stdout is
+    sent to."""
+    if sys.stdout.isatty():
+        return input(mark)
+    print(mark, end="", file=sys.stderr, flush=True)
+    return input()
+
+
+@contextmanager
+def busy(what: str) -> Iterator[None]:
+    """Say on a terminal's stderr what takes time; a pipe or a log gets nothing."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield
