@@ -174,7 +174,7 @@ def test_golden_authors_folders_hold_the_same_model(name: str, twin: str) -> Non
 
 def test_the_tower_inside_a_checkpoint_wins() -> None:
     folder = reference("golden/models-original")
-    checkpoint = checkpoints.read(folder / "llava-v1.6-vicuna-tiny", tower=folder / "llava-v1.6-vicuna-tiny-clip")
+    checkpoint = checkpoints.read(folder / "llava-v1.6-vicuna-tiny", beside=[folder / "llava-v1.6-vicuna-tiny-clip"])
     beside = load_file(folder / "llava-v1.6-vicuna-tiny-clip" / "model.safetensors")
     assert not torch.equal(
         checkpoint.tensors["vision_tower.pre_layrnorm.weight"], beside["vision_model.pre_layrnorm.weight"]
@@ -237,17 +237,17 @@ def test_projector_alone_over_a_base(tmp_path: Path) -> None:
     folder.mkdir()
     for name in ("config.json", "mm_projector.bin"):
         shutil.copyfile(root / "llava-v1.5-tiny" / name, folder / name)
-    base, tower = checkpoints.companions([root / "llava-v1.5-tiny-clip", root / "vicuna-tiny"])
+    tower, base = root / "llava-v1.5-tiny-clip", root / "vicuna-tiny"
     assert (base, tower) == (root / "vicuna-tiny", root / "llava-v1.5-tiny-clip")
-    checkpoint = checkpoints.read(folder, base=base, tower=tower)
+    checkpoint = checkpoints.read(folder, beside=[tower, base])
     projector = torch.load(folder / "mm_projector.bin", weights_only=True)
     assert torch.equal(
         checkpoint.tensors["multi_modal_projector.linear_1.bias"], projector["model.mm_projector.0.bias"]
     )
     text = load_file(root / "vicuna-tiny" / "model.safetensors")
     assert torch.equal(checkpoint.tensors["language_model.norm.weight"], text["model.norm.weight"])
-    refused(folder, "language model under it", "--beside", tower=tower)
-    refused(folder, "llava-v1.5-tiny-clip", "--beside", base=base)
+    refused(folder, "language model under it", "--beside", beside=[tower])
+    refused(folder, "llava-v1.5-tiny-clip", "--beside", beside=[base])
 
 
 def authors_folder(made: dict[str, Path], root: Path, *, tower: bool) -> Path:
@@ -611,9 +611,8 @@ def test_names_that_no_file_can_have() -> None:
 
 
 def test_companions_that_have_no_place(made: dict[str, Path]) -> None:
-    refused(made["1.5"], "has no place", base=made["1.6"])
-    with pytest.raises(UserError, match="both language models"):
-        checkpoints.companions([made["1.5"], made["1.6"]])
+    refused(made["1.5"], "has no place", beside=[made["1.6"]])
+    refused(made["1.5"], "both a base", beside=[made["1.5"], made["1.6"]])
 
 
 # --- what pumice does not have ----------------------------------------------------------------------------------------

@@ -29,6 +29,8 @@ class VisionConfig:
     feature_layers: tuple[int, ...] = (-2,)
     """Which hidden states are the features: 0 is the embedding, k the output of block k, negative counts from the end.
     Several are joined along the channels (Transformers `vision_feature_layer`)."""
+    post_norm: bool = True
+    """Is a norm stored behind the last block? No feature passes it; some files leave it out."""
     keep_class_token: bool = False
     """True for the strategies `full` (Transformers) and `cls_patch` (the authors)."""
 

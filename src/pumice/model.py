@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 
 from pumice import checkpoints, prompt, store
 from pumice.config import LlavaConfig
@@ -18,7 +19,9 @@ from pumice.decoding import StopText
 from pumice.engine import Request, Run, Sampling, Step, position_bytes
 from pumice.errors import UserError, nearest
 from pumice.image import Prepared, prepare
+from pumice.network.layers import Embedding, Linear
 from pumice.network.llava import Llava
+from pumice.quant import QTensor
 from pumice.question import Exchange, Images, Prompter, Question, Seen, listed
 from pumice.tokenizer import Tokenizer
 
@@ -167,7 +170,7 @@ class Model(Prompter):
     def _features(self, images: Sequence[Prepared]) -> list[torch.Tensor]:
         if not images:
             return []
-        like = self.network.language_model.embed_tokens.weight
+        like = self.network.like
         with torch.inference_mode():
             pixels = torch.cat([torch.from_numpy(each.pixels) for each in images]).to(like.device, like.dtype)
             return self.network.encode(pixels, [each.grid for each in images])
@@ -305,8 +308,8 @@ class Source:
 
     def checkpoint(self) -> checkpoints.Checkpoint:
         """The checkpoint with these choices applied, its weights not yet read."""
-        base, tower = checkpoints.companions([Path(each) for each in self.beside])
-        found = checkpoints.read(store.resolve(self.name), base=base, tower=tower, template=self.template)
+        beside = [Path(each) for each in self.beside]
+        found = checkpoints.read(store.resolve(self.name), beside=beside, template=self.template)
         if self.template is not None:
             found = _ending_with(found, prompt.TEMPLATES[found.config.template].end)
         if self.preprocess is None:
@@ -367,9 +370,17 @@ def _network(
     with torch.device("meta"):
         network = Llava(config)
     dtype = dtype or tensors.dtype("language_model.embed_tokens.weight")
-    state = {name: tensors[name].to(device, dtype) for name in network.state_dict()}
-    network.load_state_dict(state, assign=True)
-    return network.requires_grad_(False).eval()
+    for name in network.state_dict():
+        path, _, field = name.rpartition(".")
+        module = network.get_submodule(path)
+        values = tensors.stored(name)
+        if isinstance(values, QTensor) and isinstance(module, Linear | Embedding):
+            # In blocks it is no parameter: it does not learn, and PyTorch has no type for it.
+            delattr(module, field)
+            setattr(module, field, values.to(device, dtype))
+        else:
+            setattr(module, field, nn.Parameter(tensors[name].to(device, dtype), requires_grad=False))
+    return network.eval()
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

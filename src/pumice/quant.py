@@ -3,7 +3,7 @@
 Every format cuts a row into blocks of 32 or 256 weights that share scales. `pack` repeats ggml's reference quantiser to
 the bit (no importance matrix): float32 throughout, sums in the order of the elements, no fused multiply-add.
 
-N blocks · B bytes of a block · W weights of a block · G groups of a block with a scale of their own · E weights of a group
+N blocks · B bytes of a block · W weights of a block · G groups with a scale of their own in it · E weights of a group
 Source: ggml's `quantize_row_*_ref` and `dequantize_row_*` (ggml-quants.c), as restated by the tests' vectors.
 """
 
@@ -63,10 +63,12 @@ BY_ID = {each.id: each for each in FORMATS.values()}
 
 @dataclass(frozen=True)
 class QTensor:
-    """A matrix in blocks: `data_RB` holds the bytes of each row, (rows, bytes of a row), uint8."""
+    """A matrix in blocks: `data_RB` holds the bytes of each row, (rows, bytes of a row), uint8. `dtype` is the type
+    that is computed with, and that it unpacks to."""
 
     data_RB: Tensor
     format: Format
+    dtype: torch.dtype = torch.float32
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -81,18 +83,18 @@ class QTensor:
     def nbytes(self) -> int:
         return self.data_RB.nbytes
 
-    def to(self, device: torch.device) -> QTensor:
-        return QTensor(self.data_RB.to(device), self.format)
+    def to(self, device: torch.device, dtype: torch.dtype) -> QTensor:
+        """The same blocks on another device, to be computed with in another type."""
+        return QTensor(self.data_RB.to(device), self.format, dtype)
 
-    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weights as plain numbers, (rows, columns)."""
         blocks_NB = self.data_RB.reshape(-1, self.format.block_bytes)
-        return unpack(blocks_NB, self.format).to(dtype).view(self.shape)
+        return unpack(blocks_NB, self.format).to(dtype or self.dtype).view(self.shape)
 
-    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    def rows(self, ids: Tensor) -> Tensor:
         """Some rows as plain numbers: (*ids.shape, columns)."""
-        chosen = QTensor(self.data_RB[ids.flatten()], self.format)
-        return chosen.dense(dtype).view(*ids.shape, self.shape[1])
+        return QTensor(self.data_RB[ids.flatten()], self.format, self.dtype).dense().view(*ids.shape, self.shape[1])
 
 
 def quantised(weight_RC: Tensor, format: Format) -> QTensor:

@@ -20,7 +20,7 @@ import tokenizers
 from pumice.decoding import Decoder, TextStream, steps_of
 from pumice.errors import UserError
 from pumice.prompt import IMAGE_MARK, SPECIAL_WORDS, Part
-from pumice.sentencepiece import SPACE, read_model
+from pumice.sentencepiece import SPACE, PieceModel, read_model
 from pumice.special_tokens import added_token, content_of, declared_tokens, flags, special_words
 
 LARGEST_FILE_BYTES = 128 << 20
@@ -126,8 +126,14 @@ class Tokenizer:
         `config["legacy"]` False: only a chunk's first text gets a space in front (transformers 4.37, LlamaTokenizer).
         Raises UserError when the file is damaged, or a unigram model, or changes text before it splits it.
         """
+        return cls.from_pieces(read_model(_read(Path(path)), str(path)), config=config, added=added)
+
+    @classmethod
+    def from_pieces(
+        cls, proto: PieceModel, *, config: Mapping[str, Any] | None = None, added: Mapping[str, int] | None = None
+    ) -> Tokenizer:
+        """As `from_sentencepiece`, from pieces that have been read, whatever file they stood in."""
         config = config or {}
-        proto = read_model(_read(Path(path)), str(path))
         marks = [word for word in proto.symbols if word in _NEVER_TEXT]
         symbols = tuple(word for word in proto.symbols if word not in _NEVER_TEXT)
         own = {"bos_token": proto.bos, "eos_token": proto.eos, "unk_token": proto.unk}

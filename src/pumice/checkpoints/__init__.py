@@ -9,59 +9,49 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pumice.checkpoints import hf, original
+from pumice.checkpoints import gguf, hf, original
+from pumice.checkpoints.companions import Companions, companions
 from pumice.checkpoints.fields import read_json, reading
 from pumice.checkpoints.form import Checkpoint, expected_tensors
+from pumice.checkpoints.gguf_file import is_gguf
 from pumice.checkpoints.hf_writer import check_writable, write_hf
 from pumice.checkpoints.tensors import Tensors
 from pumice.errors import UserError
 
-__all__ = ["Checkpoint", "Tensors", "check_writable", "companions", "expected_tensors", "read", "write_hf"]
+__all__ = ["Checkpoint", "Tensors", "check_writable", "expected_tensors", "read", "write_hf"]
 
 
-def read(path: Path, *, base: Path | None = None, tower: Path | None = None, template: str | None = None) -> Checkpoint:
-    """The checkpoint in a folder, its weights mapped and not yet read.
+def read(path: Path, *, beside: Sequence[Path] = (), template: str | None = None) -> Checkpoint:
+    """The checkpoint in a folder or a GGUF file, its weights mapped and not yet read.
 
-    base: the language model under a LoRA folder or a projector alone. tower: the CLIP folder of an authors' 1.5 folder,
-    when it is not beside it. template: the name of a prompt template, instead of the folder's own.
+    beside: what else it needs, each known by what its own files say: the language model under a LoRA folder or a lone
+    projector, the CLIP folder of an authors' 1.5 folder, the projector file (mmproj) of a GGUF, where it is not in the
+    same folder. template: the name of a prompt template, instead of the checkpoint's own.
 
     Raises UserError: a file that is missing, damaged or hostile; a model that pumice does not run, by what is different
     about it; a tensor that is missing, extra or of the wrong shape, by its name.
     """
     with reading(path):
-        return _read(path, base, tower, template)
+        return _read(path, companions(beside), template)
 
 
-def _read(path: Path, base: Path | None, tower: Path | None, template: str | None) -> Checkpoint:
+def _read(path: Path, beside: Companions, template: str | None) -> Checkpoint:
+    if is_gguf(path):
+        _refuse(path, "a GGUF file", beside.base, beside.tower)
+        return gguf.read(path, beside.projector, template)
     if not path.is_dir():
-        raise UserError(f"{path} is not a folder", hint="give the folder that holds config.json and the weights")
+        raise UserError(f"{path} is no folder and no GGUF file", hint="give a checkpoint's folder or a .gguf file")
     if not (path / "config.json").is_file():
         raise UserError(f"{path} has no config.json", hint="give a checkpoint's folder; the file says what model it is")
     config = read_json(path / "config.json")
     if original.is_original(config):
-        return original.read(path, config, original.Companions(base, tower), template)
-    if base is not None or tower is not None:
-        raise UserError(
-            f"{path} is a whole model in Hugging Face's format; {base or tower} beside it has no place",
-            hint="leave it out; only the LLaVA authors' folders come in parts",
-        )
+        _refuse(path, "a folder of the LLaVA authors", beside.projector)
+        return original.read(path, config, beside, template)
+    _refuse(path, "a whole model in Hugging Face's format", beside.base, beside.tower, beside.projector)
     return hf.read(path, config, template)
 
 
-def companions(folders: Sequence[Path]) -> tuple[Path | None, Path | None]:
-    """Folders given beside a checkpoint as (base, tower), told apart by their config.json: a CLIP model is a tower.
-
-    Raises UserError when one has no config.json, or two are of a kind.
-    """
-    bases: list[Path] = []
-    towers: list[Path] = []
-    for folder in folders:
-        kind = read_json(folder / "config.json").raw("model_type")
-        (towers if kind in original.TOWER_TYPES else bases).append(folder)
-    for found in (bases, towers):
-        if len(found) > 1:
-            raise UserError(
-                f"{found[0]} and {found[1]} are both {'vision towers' if found is towers else 'language models'}",
-                hint="name at most one of each kind beside a checkpoint",
-            )
-    return next(iter(bases), None), next(iter(towers), None)
+def _refuse(path: Path, what: str, *beside: Path | None) -> None:
+    for each in beside:
+        if each is not None:
+            raise UserError(f"{path} is {what}; {each} beside it has no place", hint="leave it out")

@@ -47,8 +47,8 @@ class Fields:
             raise self.wrong(key, f"a whole number from {least} to {most}")
         return value
 
-    def number(self, key: str, default: float) -> float:
-        """A finite number above zero."""
+    def number(self, key: str, default: float | None = None) -> float:
+        """A finite number above zero; absent without a default is an error."""
         value = self._value(key, default)
         if not is_number(value) or value <= 0:
             raise self.wrong(key, "a number above zero")
@@ -83,8 +83,8 @@ class Fields:
             raise self.wrong(key, f"a whole number from {least} to {most}, or a list of them")
         return tuple(found)
 
-    def one_of(self, key: str, default: _T, known: Sequence[_T]) -> _T:
-        """A value from a closed list."""
+    def one_of(self, key: str, default: _T | None, known: Sequence[_T]) -> _T:
+        """A value from a closed list; absent without a default is an error."""
         value = self._value(key, default)
         for each in known:
             if type(value) is type(each) and value == each:

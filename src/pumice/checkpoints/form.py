@@ -20,7 +20,7 @@ class Checkpoint:
     """A checkpoint that has been read: its files agree with each other and with what pumice expects."""
 
     path: Path
-    format: Literal["hf", "original"]
+    format: Literal["hf", "original", "gguf"]
     config: LlavaConfig
     tokenizer: Tokenizer
     tensors: Tensors
@@ -54,7 +54,8 @@ def _vision(vision: VisionConfig) -> Iterator[tuple[str, Shape]]:
         yield from _linear(f"{block}.mlp.fc1", (ffn, width))
         yield from _linear(f"{block}.mlp.fc2", (width, ffn))
         yield from _linear(f"{block}.layer_norm2", (width,))
-    yield from _linear(f"{tower}.post_layernorm", (width,))
+    if vision.post_norm:
+        yield from _linear(f"{tower}.post_layernorm", (width,))
 
 
 def _projector(projector: ProjectorConfig, width_in: int, width_out: int) -> Iterator[tuple[str, Shape]]:

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from pumice import quant
 from pumice.checkpoints.fields import Fields, shown
 from pumice.checkpoints.mapped import MappedFile
-from pumice.checkpoints.tensors import MAX_TENSORS, refuse_pointer
+from pumice.checkpoints.tensors import MAX_TENSORS, Entry, refuse_pointer
 from pumice.errors import UserError
 from pumice.quant import Format, QTensor
 
@@ -85,6 +86,11 @@ class Stored:
     def nbytes(self) -> int:
         return stored_bytes(self.shape, self.format)
 
+    def entry(self, load: Callable[[], Tensor | QTensor] | None = None) -> Entry:
+        """The tensor as a checkpoint holds it; `load` gives its values in another order."""
+        blocks = self.format if self.format.dtype is None else None
+        return Entry(self.name, self.shape, self.format.dtype or torch.float32, load or self.load, blocks)
+
     def load(self) -> Tensor | QTensor:
         """The values: a view of the file, in blocks where the format has blocks. Matrices only can be in blocks."""
         raw = self.file.bytes[self.start : self.start + self.nbytes]
@@ -117,6 +123,20 @@ def is_gguf(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         return file.read(4) == MAGIC or path.suffix == ".gguf"
+
+
+def architecture(path: Path) -> str | None:
+    """What a file says it is, without reading further than that. None for what is no GGUF."""
+    if not is_gguf(path) or path.stat().st_size < 24:
+        return None
+    at = _Cursor(path, memoryview(MappedFile(path, path.stat().st_size).bytes.numpy()))
+    _, keys = at.header()
+    for _ in range(keys):
+        key = at.string("a key")
+        value = at.value(key)
+        if key == "general.architecture" and value.kind == "string" and not value.is_array:
+            return str(value.value)
+    return None
 
 
 def open_gguf(path: Path) -> GgufFile:

@@ -1,4 +1,4 @@
-"""The tokenizer in a GGUF file's metadata: sentencepiece's pieces or byte-level BPE's merges, as llama.cpp writes them."""
+"""The tokenizer in a GGUF file's metadata: sentencepiece's pieces, or byte-level BPE's merges."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 
 from pumice.checkpoints.fields import Fields, is_number, is_whole, shown
 from pumice.errors import UserError
-from pumice.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Piece, PieceModel
+from pumice.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Piece, PieceModel
 from pumice.tokenizer import Tokenizer
 
 _LLAMA_3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _SPLITS = {
@@ -27,6 +28,7 @@ _SPLITS = {
 _LLAMA_3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 
 MAX_TOKENS = 2**20
+END_WORDS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
 
 
 def tokenizer(fields: Fields) -> Tokenizer:
@@ -43,13 +45,23 @@ def tokenizer(fields: Fields) -> Tokenizer:
     raise fields.wrong("tokenizer.ggml.model", "'llama' (sentencepiece) or 'gpt2' (byte-level BPE)")
 
 
+def stop_ids(fields: Fields, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids that end an answer: the file's own, and the tokens that llama.cpp takes for ends by their text."""
+    found = [fields.raw(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")]
+    ids = [each for each in found if is_whole(each)] or [tokenizer.eos_id]
+    ids += [tokenizer.id_of(word) for word in END_WORDS]
+    return tuple(dict.fromkeys(each for each in ids if each is not None and 0 <= each < tokenizer.vocab_size))
+
+
 def _sentencepiece(fields: Fields, tokens: Sequence[str], kinds: Sequence[int]) -> Tokenizer:
     scores = _list(fields, "tokenizer.ggml.scores", float, like=tokens, default=0.0)
     names = _names(fields, tokens, bos=1, eos=2, unk=0)
     unknown = names["unk_token"]
+    # A user's token is found as a whole and joined from no others, as an unused one.
+    own_kinds = [UNUSED if kind == USER_DEFINED else kind for kind in kinds]
     pieces = tuple(
         Piece(text, float(score), UNKNOWN if text == unknown else kind)
-        for text, score, kind in zip(tokens, scores, kinds, strict=True)
+        for text, score, kind in zip(tokens, scores, own_kinds, strict=True)
     )
     model = PieceModel(
         pieces,
@@ -71,7 +83,9 @@ def _byte_level(fields: Fields, tokens: Sequence[str], kinds: Sequence[int]) -> 
     llama_3 = pre in _LLAMA_3_NAMES
     bos = names.get("bos_token") if fields.flag("tokenizer.ggml.add_bos_token", llama_3) else None
     added = _added(tokens, kinds)
-    cuts = [{"type": "Split", "pattern": {"Regex": each}, "behavior": "Isolated", "invert": False} for each in _SPLITS[pre]]
+    cuts = [
+        {"type": "Split", "pattern": {"Regex": each}, "behavior": "Isolated", "invert": False} for each in _SPLITS[pre]
+    ]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     front = [{"SpecialToken": {"id": bos, "type_id": 0}}] if bos else []
     spec: dict[str, Any] = {

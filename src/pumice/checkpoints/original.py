@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pumice.checkpoints import lora
+from pumice.checkpoints.companions import TOWER_TYPES, Companions
 from pumice.checkpoints.fields import Fields, json_if_there, read_json, shown
 from pumice.checkpoints.form import Checkpoint, checked, renamed
 from pumice.checkpoints.settings import Mode, image_config, pinpoints, text_config, unsupported, vision_config
@@ -23,17 +24,6 @@ from pumice.tokenizer import Tokenizer
 
 KINDS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
 """model_type, and the language model behind it."""
-TOWER_TYPES = ("clip", "clip_vision_model")
-
-
-@dataclass(frozen=True)
-class Companions:
-    """Folders that were named beside the checkpoint's."""
-
-    base: Path | None = None
-    """The language model under an adapter or a projector."""
-    tower: Path | None = None
-    """A CLIP model."""
 
 
 @dataclass(frozen=True)

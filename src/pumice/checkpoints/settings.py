@@ -171,8 +171,8 @@ def image_config(fields: Fields, mode: Mode, vision: VisionConfig, pinpoints: tu
         mode=mode,
         resize_px=_edges(fields, "size", 224, square=False),
         crop_px=vision.image_px,
-        mean=_channels(fields, "image_mean", CLIP_MEAN),
-        std=_channels(fields, "image_std", CLIP_STD),
+        mean=channels(fields, "image_mean", CLIP_MEAN),
+        std=channels(fields, "image_std", CLIP_STD),
         rescale=fields.number("rescale_factor", 1 / 255),
         resample=fields.whole("resample", 3, least=0, most=5),
         pinpoints=pinpoints if mode == "anyres" else (),
@@ -203,13 +203,14 @@ def _edges(fields: Fields, key: str, default_px: int, *, square: bool) -> Size |
     return (sizes[0], sizes[0]) if square else sizes[0]
 
 
-def _channels(fields: Fields, key: str, default: tuple[float, float, float]) -> tuple[float, float, float]:
+def channels(fields: Fields, key: str, default: tuple[float, float, float] | None = None) -> tuple[float, float, float]:
+    """A number for each of red, green and blue."""
     value = fields.raw(key)
-    if value is None:
+    if value is None and default is not None:
         return default
     if not isinstance(value, list) or len(value) != 3 or not all(is_number(each) and abs(each) < 1e3 for each in value):
         raise fields.wrong(key, "three numbers")
-    if key == "image_std" and min(value) <= 0:
+    if key.endswith("image_std") and min(value) <= 0:
         raise fields.wrong(key, "three numbers above zero")
     red, green, blue = (float(each) for each in value)
     return red, green, blue

@@ -28,17 +28,21 @@ def template_name(given: str | None, folder: Path, config: Fields) -> str | None
 
     Raises UserError for an unknown name, and for a chat template that is not among the known ones.
     """
+    if given is None and TEMPLATE_KEY in config:
+        return _known(config.text(TEMPLATE_KEY))
+    return known_template(given, chat_template(folder) if given is None else None, folder)
+
+
+def known_template(given: str | None, chat_template: str | None, source: Path) -> str | None:
+    """The template that was asked for, or that a chat template stands for. Raises UserError for an unknown one."""
     if given is not None:
         return _known(given)
-    if TEMPLATE_KEY in config:
-        return _known(config.text(TEMPLATE_KEY))
-    text = chat_template(folder)
-    if text is None:
+    if chat_template is None:
         return None
-    name = prompt.template_for(text)
+    name = prompt.template_for(chat_template)
     if name is None:
         raise UserError(
-            f"{folder} has a chat template that pumice does not know; it is compared with known ones and never run",
+            f"{source} has a chat template that pumice does not know; it is compared with known ones and never run",
             hint=f"name the format with template= or --template: {', '.join(prompt.TEMPLATES)}",
         )
     return name

@@ -17,6 +17,7 @@ from torch import Tensor
 from pumice.checkpoints import pickles
 from pumice.checkpoints.fields import read_json, shown
 from pumice.errors import UserError
+from pumice.quant import Format, QTensor
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors format."""
@@ -44,7 +45,17 @@ class Entry:
     key: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    load: Callable[[], Tensor]
+    """Of its values; float32 for blocks."""
+    load: Callable[[], Tensor | QTensor]
+    blocks: Format | None = None
+    """The format of quantised values."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values, as the file stores them."""
+        if self.blocks is not None:
+            return math.prod(self.shape[:-1]) * self.blocks.row_bytes(self.shape[-1])
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -54,6 +65,12 @@ class Tensors(Mapping[str, Tensor]):
         self._entries = dict(entries)
 
     def __getitem__(self, name: str) -> Tensor:
+        """As plain numbers, unpacked where the file holds blocks."""
+        values = self.stored(name)
+        return values.dense() if isinstance(values, QTensor) else values
+
+    def stored(self, name: str) -> Tensor | QTensor:
+        """As the file holds them."""
         return self._entries[name].load()
 
     def __iter__(self) -> Iterator[str]:
@@ -74,7 +91,7 @@ class Tensors(Mapping[str, Tensor]):
     @property
     def nbytes(self) -> int:
         """Bytes of all values, as the files store them."""
-        return sum(math.prod(each.shape) * each.dtype.itemsize for each in self._entries.values())
+        return sum(each.nbytes for each in self._entries.values())
 
 
 def open_weights(folder: Path) -> dict[str, Entry]:

@@ -65,7 +65,7 @@ class RowCache:
     """Keys and values of several rows, left-aligned, each row of its own length; `network.llama.KeysValues`."""
 
     def __init__(self, model: Llava, rows: int) -> None:
-        like, config = model.language_model.embed_tokens.weight, model.config.text
+        like, config = model.like, model.config.text
         empty_BKSE = like.new_empty(rows, config.kv_heads, 0, config.head_width)
         self.keys, self.values = [empty_BKSE] * config.layers, [empty_BKSE] * config.layers
         self._rows = slice(0)
@@ -101,7 +101,7 @@ class RowCache:
 def position_bytes(model: Llava) -> int:
     """What the keys and values of one position take."""
     config = model.config.text
-    return 2 * config.layers * config.kv_heads * config.head_width * model.language_model.embed_tokens.weight.itemsize
+    return 2 * config.layers * config.kv_heads * config.head_width * model.like.itemsize
 
 
 def _widened(cached_BKSE: Tensor, room: int) -> Tensor:
@@ -119,7 +119,7 @@ class Run:
 
     def __init__(self, model: Llava, requests: Sequence[Request]) -> None:
         self._model = model
-        self._device = model.language_model.embed_tokens.weight.device
+        self._device = model.like.device
         self._cache = RowCache(model, len(requests))
         self._cache.widen(max((len(each.ids) for each in requests), default=0))
         self._rows = [

@@ -87,8 +87,9 @@ class VisionTower(nn.Module):
         self.embeddings = Embeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.encoder = Encoder(config)
-        # Held so that a checkpoint keeps all it came with; the features are read before it.
-        self.post_layernorm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        if config.post_norm:
+            # Held so that a checkpoint keeps all it came with; the features are read before it.
+            self.post_layernorm = nn.LayerNorm(config.width, eps=config.norm_eps)
 
     def forward(self, pixels_N3YX: Tensor) -> Tensor:
         """Features of N tiles: (N, tile_tokens, feature_width), the class token first where it is kept.

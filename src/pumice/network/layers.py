@@ -15,6 +15,13 @@ class Linear(nn.Linear):
         return ops.linear(input, self.weight, self.bias)
 
 
+class Embedding(nn.Embedding):
+    """A row of the table for each id."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.embed(input, self.weight)
+
+
 class RmsNorm(nn.Module):
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pumice import ops
 from pumice.config import TextConfig
-from pumice.network.layers import Linear, RmsNorm
+from pumice.network.layers import Embedding, Linear, RmsNorm
 
 
 class KeysValues(Protocol):
@@ -93,7 +93,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab, config.width)
+        self.embed_tokens = Embedding(config.vocab, config.width)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = RmsNorm(config.width, config.norm_eps)
 

@@ -54,6 +54,11 @@ class Llava(nn.Module):
         if not config.text.tied_embeddings:
             self.lm_head = Linear(config.text.width, config.text.vocab, bias=False)
 
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the type and on the device that the network computes with."""
+        return self.language_model.norm.weight
+
     def encode(self, pixels_N3YX: Tensor, grids: Sequence[Grid]) -> list[Tensor]:
         """Features of several images, (grid.tokens, D) each, from all their tiles in one pass.
 

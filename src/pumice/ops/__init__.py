@@ -14,8 +14,9 @@ from torch import Tensor
 from pumice.errors import UserError, nearest
 from pumice.ops import fused, reference
 from pumice.ops.reference import gated_mlp, quick_gelu, rms_norm, rotary, rotate
+from pumice.quant import QTensor
 
-__all__ = ["attention", "gated_mlp", "linear", "quick_gelu", "rms_norm", "rotary", "rotate"]
+__all__ = ["attention", "embed", "gated_mlp", "linear", "quick_gelu", "rms_norm", "rotary", "rotate"]
 
 BACKENDS = {"fused": fused, "reference": reference}
 
@@ -28,9 +29,16 @@ def _backend() -> ModuleType:
     return BACKENDS[name]
 
 
-def linear(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
+def linear(x_TD: Tensor, weight_FD: Tensor | QTensor, bias_F: Tensor | None) -> Tensor:
     """x Wᵀ + b: see `reference.linear`."""
+    if isinstance(weight_FD, QTensor):
+        weight_FD = weight_FD.dense(x_TD.dtype)
     return _backend().linear(x_TD, weight_FD, bias_F)
+
+
+def embed(ids_T: Tensor, weight_VD: Tensor | QTensor) -> Tensor:
+    """The rows of a table: see `reference.embed`; of a table in blocks only those are unpacked."""
+    return weight_VD.rows(ids_T) if isinstance(weight_VD, QTensor) else reference.embed(ids_T, weight_VD)
 
 
 def attention(

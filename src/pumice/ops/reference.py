@@ -15,6 +15,11 @@ def linear(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
     return product_TF if bias_F is None else product_TF + bias_F
 
 
+def embed(ids_T: Tensor, weight_VD: Tensor) -> Tensor:
+    """Rows of the table: (*ids.shape, D)."""
+    return weight_VD[ids_T]
+
+
 def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm over the last axis (Zhang & Sennrich 2019), as Transformers' LlamaRMSNorm rounds it: in
     float32, back to the input's type, then times the weight."""

@@ -22,16 +22,16 @@ def resolve(name: str | Path) -> Path:
         return path
     if str(name) in BUNDLED:
         return Path(__file__).resolve().parent.parent / "pebble" / BUNDLED[str(name)]
+    if os.path.isfile(path):
+        return path
     if os.path.exists(path):
-        raise UserError(
-            f"{path} is a file; pumice loads folders in Hugging Face's or the LLaVA authors' format",
-            hint="give the folder that holds config.json and the weights",
-        )
+        raise UserError(f"{path} is no folder and no file", hint="give a checkpoint's folder or a .gguf file")
     raise UserError(f"there is no model named {shortened(str(name))} here", hint=nearest(str(name), _names_near(path)))
 
 
 def _names_near(path: Path) -> list[str]:
     """Bundled names, and folders beside the missing path that look like checkpoints."""
     parent = path.parent
-    folders = [str(each.parent) for each in parent.glob("*/config.json")] if os.path.isdir(parent) else []
-    return [*BUNDLED, *folders]
+    if not os.path.isdir(parent):
+        return list(BUNDLED)
+    return [*BUNDLED, *(str(each.parent) for each in parent.glob("*/config.json")), *map(str, parent.glob("*.gguf"))]

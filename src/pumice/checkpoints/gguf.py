@@ -1,0 +1,180 @@
+"""A language model in GGUF, and the projector file (mmproj) with the eyes beside it.
+
+What the files mean is taken from the checkpoints that they are made of, not from what llama.cpp computes of them, where
+the two differ: docs/formats.md. Facts: convert_hf_to_gguf.py, convert_legacy_llama.py, gguf-py's constants.py.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pumice.checkpoints import gguf_vocab
+from pumice.checkpoints.fields import shown
+from pumice.checkpoints.form import Checkpoint, checked
+from pumice.checkpoints.gguf_eyes import PROJECTOR, Eyes, read_eyes
+from pumice.checkpoints.gguf_file import GgufFile, Stored, architecture, open_gguf
+from pumice.checkpoints.settings import MAX_LAYERS, unsupported
+from pumice.checkpoints.sidefiles import known_template, usual_template
+from pumice.checkpoints.tensors import Entry
+from pumice.config import LlavaConfig, TextConfig
+from pumice.errors import UserError
+from pumice.quant import QTensor
+
+ARCHITECTURES = ("llama",)
+
+_NAMES = {
+    "token_embd": "language_model.embed_tokens",
+    "output_norm": "language_model.norm",
+    "output": "lm_head",
+}
+_IN_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def read(path: Path, projector: Path | None, template: str | None) -> Checkpoint:
+    """The checkpoint in a language model's file, with the projector named or found beside it; without one a text model.
+
+    Raises UserError; see `checkpoints.read`.
+    """
+    file = open_gguf(path)
+    fields = file.fields
+    if fields.text("general.architecture") == PROJECTOR:
+        raise UserError(
+            f"{path} is a projector, the eyes of a model",
+            hint="give the language model's file, and this one beside it with --with",
+        )
+    text = _text_config(file)
+    tokenizer = gguf_vocab.tokenizer(fields)
+    stops = gguf_vocab.stop_ids(fields, tokenizer)
+    kind = "mistral" if text.kv_heads < text.heads and text.rope_theta == 1e6 else "llama"
+    jinja = fields.text("tokenizer.chat_template") if "tokenizer.chat_template" in fields else None
+    chosen = known_template(template, jinja, path) or usual_template(kind, stops, tokenizer)
+    config, entries = LlavaConfig(text, None, None, None, chosen, stops), _entries(file, text)
+    if eyes := _eyes(path, projector, text):
+        tiled = eyes.image.mode == "anyres"
+        seeing = {"vision": eyes.vision, "projector": eyes.projector, "image": eyes.image}
+        config = replace(config, **seeing, has_newline=tiled, family="llava-1.6" if tiled else "llava-1.5")
+        entries |= eyes.entries
+    return Checkpoint(path, "gguf", config, tokenizer, checked(entries, config, path))
+
+
+def _eyes(path: Path, projector: Path | None, text: TextConfig) -> Eyes | None:
+    """From the file that was named, or the only one beside the language model whose features fit it."""
+    if projector is not None:
+        eyes = read_eyes(projector)
+        if eyes.width_out != text.width:
+            raise UserError(
+                f"{projector} makes features of width {eyes.width_out}, {path} has width {text.width}",
+                hint="the two belong to different models; take the projector that came with this one",
+            )
+        return eyes
+    near = [each for each in sorted(path.parent.glob("*.gguf")) if each != path and architecture(each) == PROJECTOR]
+    fitting = [eyes for eyes in map(read_eyes, near) if eyes.width_out == text.width]
+    if len(fitting) > 1:
+        names = " and ".join(str(each.path) for each in fitting[:3])
+        raise UserError(f"{names} are both projectors that fit {path}", hint="name one with --with")
+    return fitting[0] if fitting else None
+
+
+def _text_config(file: GgufFile) -> TextConfig:
+    fields = file.fields
+    kind = fields.one_of("general.architecture", None, ARCHITECTURES)
+    width = fields.whole(f"{kind}.embedding_length")
+    heads = fields.whole(f"{kind}.attention.head_count", most=1024)
+    kv_heads = fields.whole(f"{kind}.attention.head_count_kv", heads, most=1024)
+    head_width = fields.whole(f"{kind}.attention.key_length", width // heads or None)
+    if heads % kv_heads or head_width % 2:
+        raise fields.wrong(f"{kind}.attention.head_count_kv", f"a divisor of the {heads} heads, each of an even width")
+    _refuse_others(file, kind, head_width)
+    return TextConfig(
+        vocab=_rows(file, "token_embd.weight"),
+        width=width,
+        layers=fields.whole(f"{kind}.block_count", most=MAX_LAYERS),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_width=head_width,
+        ffn_width=fields.whole(f"{kind}.feed_forward_length"),
+        rope_theta=fields.number(f"{kind}.rope.freq_base", 1e4),
+        norm_eps=fields.number(f"{kind}.attention.layer_norm_rms_epsilon"),
+        max_positions=fields.whole(f"{kind}.context_length", most=2**24),
+        qkv_bias="blk.0.attn_q.bias" in file.tensors,
+        tied_embeddings="output.weight" not in file.tensors,
+    )
+
+
+def _refuse_others(file: GgufFile, kind: str, head_width: int) -> None:
+    """What would compute anything else than pumice's Llama does."""
+    fields = file.fields
+    if fields.whole(f"{kind}.expert_count", 0, least=0):
+        raise unsupported(fields, "the model is a mixture of experts", "dense models")
+    if fields.whole(f"{kind}.rope.dimension_count", head_width) != head_width:
+        raise fields.wrong(f"{kind}.rope.dimension_count", f"the width of a head, {head_width}")
+    if fields.whole(f"{kind}.attention.value_length", head_width) != head_width:
+        raise fields.wrong(f"{kind}.attention.value_length", f"the width of a head, {head_width}")
+    scaling = fields.text(f"{kind}.rope.scaling.type", "none")
+    factor = fields.number(f"{kind}.rope.scaling.factor", fields.number(f"{kind}.rope.scale_linear", 1.0))
+    if scaling not in ("none", "linear") or factor != 1:
+        raise unsupported(fields, f"rotary scaling is {shown(scaling)} by {factor}", "plain rotary embeddings")
+    if "rope_freqs.weight" in file.tensors:
+        raise unsupported(fields, "rotary frequencies are scaled one by one (Llama 3.1)", "plain rotary embeddings")
+
+
+def _rows(file: GgufFile, name: str) -> int:
+    if name not in file.tensors or len(file.tensors[name].shape) != 2:
+        raise UserError(f"{file.path} has no matrix {name}", hint="the file is damaged, or no language model")
+    return file.tensors[name].shape[0]
+
+
+def _entries(file: GgufFile, text: TextConfig) -> dict[str, Entry]:
+    """The tensors by pumice's names; queries and keys with their rows in Transformers' order."""
+    turns = {
+        f"self_attn.{name}_proj.{part}": turned(heads, text.head_width)
+        for name, heads in (("q", text.heads), ("k", text.kv_heads))
+        for part in ("weight", "bias")
+    }
+    entries: dict[str, Entry] = {}
+    for stored in file.tensors.values():
+        name = name_of(stored.name)
+        turn = turns.get(re.sub(r"language_model\.layers\.\d+\.", "", name))
+        entries[name] = stored.entry() if turn is None else _reordered(stored, turn)
+    return entries
+
+
+def name_of(key: str) -> str:
+    """pumice's name for a tensor of a language model's file; an unknown key keeps its own."""
+    stem, _, part = key.rpartition(".")
+    if stem in _NAMES:
+        return f"{_NAMES[stem]}.{part}"
+    match = re.fullmatch(r"blk\.(0|[1-9]\d{0,3})\.(\w+)", stem)
+    if match is None or match[2] not in _IN_BLOCK:
+        return key
+    return f"language_model.layers.{match[1]}.{_IN_BLOCK[match[2]]}.{part}"
+
+
+def turned(heads: int, head_width: int) -> Tensor:
+    """Which row of llama.cpp's order stands at each place of Transformers': its rotary embedding turns neighbours
+    (2i, 2i + 1), theirs the two halves (i, i + width / 2)."""
+    rows = torch.arange(heads * head_width).view(heads, head_width // 2, 2)
+    return rows.transpose(1, 2).flatten()
+
+
+def _reordered(stored: Stored, rows: Tensor) -> Entry:
+    def load() -> Tensor | QTensor:
+        values = stored.load()
+        return QTensor(values.data_RB[rows], values.format) if isinstance(values, QTensor) else values[rows]
+
+    return stored.entry(load)
