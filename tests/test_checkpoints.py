@@ -246,8 +246,8 @@ def test_projector_alone_over_a_base(tmp_path: Path) -> None:
     )
     text = load_file(root / "vicuna-tiny" / "model.safetensors")
     assert torch.equal(checkpoint.tensors["language_model.norm.weight"], text["model.norm.weight"])
-    refused(folder, "language model under it", "--beside", beside=[tower])
-    refused(folder, "llava-v1.5-tiny-clip", "--beside", beside=[base])
+    refused(folder, "language model under it", "--with", beside=[tower])
+    refused(folder, "llava-v1.5-tiny-clip", "--with", beside=[base])
 
 
 def authors_folder(made: dict[str, Path], root: Path, *, tower: bool) -> Path:
@@ -294,7 +294,7 @@ def test_authors_tower_as_a_whole_clip_model(made: dict[str, Path], tmp_path: Pa
     """OpenAI's folder has both halves, and `model_type` clip."""
     folder = authors_folder(made, tmp_path, tower=False)
     source = checkpoints.read(made["1.6"])
-    refused(folder, "openai/clip-tiny", "--beside")
+    refused(folder, "openai/clip-tiny", "--with")
     clip = tmp_path / "clip-tiny"
     clip.mkdir()
     stem = "vision_tower."

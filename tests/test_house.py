@@ -203,3 +203,19 @@ def test_nothing_names_another_place() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "pebble").glob("*.md")]:
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_options_that_errors_recommend_exist() -> None:
+    """A hint sends people to the command line: what it names must be there."""
+    option = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
+    known = set(option.findall((ROOT / "tests" / "golden" / "cli_help.txt").read_text(encoding="utf-8")))
+    for path in FILES:
+        if path.parent.name != "train":  # `python -m pumice.train` has options of its own
+            named = {
+                name for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) for name in _named(node, option)
+            }
+            assert named <= known, path
+
+
+def _named(node: ast.AST, option: re.Pattern[str]) -> list[str]:
+    return option.findall(node.value) if isinstance(node, ast.Constant) and isinstance(node.value, str) else []

@@ -156,7 +156,7 @@ def _weights(folder: Path, base: Path | None) -> tuple[dict[str, Entry], Path]:
     if base is None:
         raise UserError(
             f"{folder} is an adapter or a projector alone; the language model under it was not found",
-            hint="name its folder too: --beside FOLDER, or beside=[...] in Python",
+            hint="name its folder too: --with FOLDER, or beside=[...] in Python",
         )
     entries = renamed(open_weights(base), base)
     if extra.is_file():
@@ -190,7 +190,7 @@ def _tower(folder: Path, config: Fields, entries: Mapping[str, Entry], given: Pa
     if place is None:
         raise UserError(
             f"{folder} comes without its vision tower {shown(name)}, and no folder of that name is beside it",
-            hint="put that CLIP model beside it, or name its folder: --beside FOLDER, or beside=[...] in Python",
+            hint="put that CLIP model beside it, or name its folder: --with FOLDER, or beside=[...] in Python",
         )
     return _Tower(_clip(place), described, preprocessor)
 
