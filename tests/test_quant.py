@@ -1,0 +1,105 @@
+"""Block formats: against the gguf package, and against hashes of what llama.cpp's own quantiser wrote."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from pumice import ops, quant
+from pumice.quant import FORMATS, QTensor
+
+ROW = torch.tensor([((37 * i + 11) % 101 - 50) * (4 + i // 32) / 256 for i in range(256)])
+HASHES = {
+    "Q4_0": "313ac008cb598919", "Q4_1": "73b1849b983abc17", "Q5_0": "ee0f17383d7661a1", "Q5_1": "f7428d6d9a134169",
+    "Q8_0": "bc8f0fe3acd6965f", "Q2_K": "b15d9b72db7158d5", "Q3_K": "50010c81afdeadc6", "Q4_K": "e61d295ff58bc137",
+    "Q5_K": "b24478960dcf161b", "Q6_K": "f9cc219c490ee674",
+}  # fmt: skip
+"""First half of the SHA-256 of the row above as llama-quantize (b11434) writes it."""
+PACKED = [name for name, each in FORMATS.items() if name != "IQ4_NL"]
+BY_PACKAGE = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16", "F16", "F32"]
+
+
+def numbers(rows: int = 600) -> torch.Tensor:
+    """Rows over ten decades, with zeros, equal values, one sign, ties of both signs, and halves that must round."""
+    torch.manual_seed(0)
+    x = torch.randn(rows, 256) * torch.logspace(-6, 4, rows)[:, None]
+    x[5], x[6], x[7], x[8], x[9] = 0, 3.25, x[7].abs(), -x[8].abs(), torch.tensor([1.0, -1.0] * 128)
+    x[10] = torch.arange(256) / 2 - 64
+    x[11, 32:] = 0
+    x[12] = torch.randint(-8, 8, (256,)) * 0.5
+    return x
+
+
+@pytest.mark.parametrize("name", HASHES)
+def test_the_bytes_of_llama_quantize(name: str) -> None:
+    packed = quant.quantised(ROW[None], FORMATS[name])
+    assert hashlib.sha256(packed.data_RB.numpy().tobytes()).hexdigest()[:16] == HASHES[name]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_any_bytes_unpack_as_the_package_unpacks_them(name: str) -> None:
+    format = FORMATS[name]
+    raw = torch.randint(
+        0, 256, (700, format.block_bytes), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
+    with np.errstate(all="ignore"):
+        expected = gguf.quants.dequantize(raw.numpy(), gguf.GGMLQuantizationType[name])
+    found = quant.unpack(raw, format).numpy()
+    assert np.array_equal(found, expected.reshape(found.shape), equal_nan=True)
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+    assert (format.block_weights, format.block_bytes) == (block, size)
+    assert format.id == gguf.GGMLQuantizationType[name]
+
+
+@pytest.mark.parametrize("name", BY_PACKAGE)
+def test_numbers_pack_as_the_package_packs_them(name: str) -> None:
+    x = numbers()
+    expected = gguf.quants.quantize(x.numpy(), gguf.GGMLQuantizationType[name]).view(np.uint8).reshape(len(x), -1)
+    assert np.array_equal(quant.quantised(x, FORMATS[name]).data_RB.numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "error"), [("Q2_K", 0.35), ("Q3_K", 0.18), ("Q4_K", 0.08), ("Q5_K", 0.04), ("Q6_K", 0.02)]
+)
+def test_k_quants_stay_near(name: str, error: float) -> None:
+    """Relative error of a row, from noise over ten decades down to rows without a spread; zeros stay zeros."""
+    x = numbers()
+    back = quant.quantised(x, FORMATS[name]).dense()
+    assert torch.isfinite(back).all()
+    assert not back[5].any()
+    wide = x.norm(dim=1) > 1e-3  # half-precision scales end there
+    assert float(((back - x).norm(dim=1) / x.norm(dim=1))[wide].max()) < error
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_a_matrix_in_blocks(name: str) -> None:
+    """Shape, bytes, single rows, and a product that is the product with the unpacked matrix."""
+    torch.manual_seed(3)
+    format = FORMATS[name]
+    blocks = quant.quantised(torch.randn(12, 512), format)
+    assert blocks.shape == (12, 512)
+    assert blocks.nbytes == 12 * 512 // format.block_weights * format.block_bytes
+    dense = blocks.dense()
+    assert torch.equal(blocks.rows(torch.tensor([[3, 0], [11, 3]])), dense[torch.tensor([[3, 0], [11, 3]])])
+    assert torch.equal(ops.embed(torch.tensor([2]), blocks), dense[2:3])
+    x_TD = torch.randn(5, 512)
+    assert torch.equal(ops.linear(x_TD, blocks, None), ops.linear(x_TD, dense, None))
+    narrow = blocks.to(torch.device("cpu"), torch.bfloat16)
+    assert torch.equal(narrow.dense(), dense.to(torch.bfloat16))
+
+
+def test_columns_come_in_whole_blocks() -> None:
+    with pytest.raises(AssertionError, match="columns in blocks of 32"):
+        FORMATS["Q4_0"].row_bytes(33)
+
+
+def test_a_quantised_tensor_takes_its_bits() -> None:
+    bits = {name: 8 * each.block_bytes / each.block_weights for name, each in FORMATS.items()}
+    assert math.isclose(bits["Q4_K"], 4.5)
+    assert math.isclose(bits["Q6_K"], 6.5625)
+    assert QTensor(torch.zeros(2, 36, dtype=torch.uint8), FORMATS["Q4_0"]).shape == (2, 64)
