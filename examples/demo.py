@@ -1,6 +1,6 @@
 """What `make demo` runs: the bundled model looks at bundled pictures. No network, no other file.
 
-pebble is in its first form: colours and shapes are its strength (pebble/README.md has the figures).
+pebble knows coloured shapes and signs with a short word, and nothing else; pebble/README.md says how often it is right.
 
 python examples/demo.py
 """

@@ -33,12 +33,23 @@ def asked(pictures: int) -> list[tuple[Scene, Turn]]:
         shown = scene(index, split="test")
         kinds: dict[str, Turn] = {}
         for turn in turns(shown, random.Random(f"test-{index}")):
-            name = "describe a sign" if turn.task == "describe" and shown.sign else turn.task
-            kinds.setdefault("word, never trained on" if name == "word" else name, turn)
+            kinds.setdefault(_named(turn, shown), turn)
         found += [(shown, Turn(name, turn.question, turn.answer)) for name, turn in kinds.items()]
     for index in range(pictures // 2):
         found.append(_known_word(index))
     return found
+
+
+def _named(turn: Turn, shown: Scene) -> str:
+    """The task's row in the table: tasks that differ in what must be seen are counted apart."""
+    match turn.task:
+        case "describe":
+            return "describe a sign" if shown.sign else "describe shapes"
+        case "word":
+            return "word, never trained on"
+        case "yes-no":
+            return "is there a sign?" if turn.question == "Is there a sign?" else "is there a red circle?"
+    return turn.task
 
 
 def _known_word(index: int) -> tuple[Scene, Turn]:
@@ -86,7 +97,7 @@ def main() -> None:
         lines.append(f"| {task} | {' | '.join(cells)} | {found[0][task][1]} |")
     lines.append("")
     lines.append(
-        f"Chance: colour {1 / (len(COLOURS) - 1):.2f}, shape {1 / len(SHAPES):.2f}, count 0.20, yes-no 0.50 or more."
+        f"Chance: colour {1 / (len(COLOURS) - 1):.2f}, shape {1 / len(SHAPES):.2f}, count 0.20, is there…? 0.50."
     )
     table = "\n".join(lines)
     print(table)

@@ -423,7 +423,7 @@ def test_the_mark_of_a_chat_stays_out_of_a_file(folder: Path) -> None:
 @pytest.mark.parametrize(("encoding", "data"), [("utf-8", b"\xff\xfe"), ("ascii", "größer".encode())])
 def test_input_that_is_no_text_in_its_encoding(folder: Path, encoding: str, data: bytes) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
-    with started("run", folder, "What?", env=environment, stdin=subprocess.PIPE, **PIPES) as process:
+    with started("run", folder, "What?", env=environment, **(PIPES | {"stdin": subprocess.PIPE})) as process:
         _, err = process.communicate(data, timeout=90)
     assert process.returncode == 2
     assert b"lone surrogate" in err

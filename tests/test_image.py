@@ -25,10 +25,9 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 VISION = VisionConfig(image_px=336, patch_px=14, width=64, layers=2, heads=4, ffn_width=128)
 
-ORIGINAL_PAD = ImageConfig("pad", 336, 336, MEAN, STD)
-ORIGINAL_ANYRES = ImageConfig("anyres", 336, 336, MEAN, STD, pinpoints=tuple((h, w) for w, h in PINPOINTS))
 HF_CROP = ImageConfig("crop", 336, 336, MEAN, STD)
 HF_ANYRES = ImageConfig("anyres", 336, 336, MEAN, STD, pinpoints=PINPOINTS)
+ORIGINAL_PAD, ORIGINAL_ANYRES = HF_CROP.under("original"), HF_ANYRES.under("original")
 MODES = {
     "original_pad": ORIGINAL_PAD,
     "original_anyres": ORIGINAL_ANYRES,
