@@ -166,7 +166,7 @@ def test_no_such_model(command: Command, folder: Path) -> None:
 
 
 def test_a_file_as_model(command: Command, folder: Path) -> None:
-    refused(command("run", folder / "config.json", "Hi"), "config.json", "folder")
+    refused(command("run", folder / "config.json", "Hi"), "config.json", "no GGUF file")
 
 
 @pytest.fixture

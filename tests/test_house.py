@@ -18,7 +18,7 @@ ROWS = {
     "errors": 0,
     "config": 1, "image": 1, "picture": 1, "prompt": 1, "tokenizer": 1, "decoding": 1, "sentencepiece": 1,
     "special_tokens": 1,
-    "ops": 2,
+    "ops": 2, "quant": 2, "packing": 2,
     "network": 3, "checkpoints": 3, "store": 3,
     "engine": 4,
     "question": 5, "model": 5,
@@ -28,7 +28,8 @@ ROWS = {
 WITHIN_A_ROW = {
     ("image", "config"), ("image", "picture"), ("picture", "config"), ("decoding", "sentencepiece"),
     ("prompt", "config"), ("tokenizer", "prompt"), ("tokenizer", "decoding"),
-    ("tokenizer", "sentencepiece"), ("tokenizer", "special_tokens"), ("store", "checkpoints"), ("model", "question"),
+    ("tokenizer", "sentencepiece"), ("tokenizer", "special_tokens"), ("store", "checkpoints"),
+    ("model", "question"), ("ops", "quant"), ("packing", "quant"),
 }  # fmt: skip
 """Imports inside one row that are allowed; a folder's own files are always free to import each other."""
 HOMES = {

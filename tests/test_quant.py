@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pumice import ops, quant
+from pumice import ops, packing, quant
 from pumice.quant import FORMATS, QTensor
 
 ROW = torch.tensor([((37 * i + 11) % 101 - 50) * (4 + i // 32) / 256 for i in range(256)])
@@ -37,7 +37,7 @@ def numbers(rows: int = 600) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", HASHES)
 def test_the_bytes_of_llama_quantize(name: str) -> None:
-    packed = quant.quantised(ROW[None], FORMATS[name])
+    packed = packing.quantised(ROW[None], FORMATS[name])
     assert hashlib.sha256(packed.data_RB.numpy().tobytes()).hexdigest()[:16] == HASHES[name]
 
 
@@ -60,7 +60,7 @@ def test_any_bytes_unpack_as_the_package_unpacks_them(name: str) -> None:
 def test_numbers_pack_as_the_package_packs_them(name: str) -> None:
     x = numbers()
     expected = gguf.quants.quantize(x.numpy(), gguf.GGMLQuantizationType[name]).view(np.uint8).reshape(len(x), -1)
-    assert np.array_equal(quant.quantised(x, FORMATS[name]).data_RB.numpy(), expected)
+    assert np.array_equal(packing.quantised(x, FORMATS[name]).data_RB.numpy(), expected)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_numbers_pack_as_the_package_packs_them(name: str) -> None:
 def test_k_quants_stay_near(name: str, error: float) -> None:
     """Relative error of a row, from noise over ten decades down to rows without a spread; zeros stay zeros."""
     x = numbers()
-    back = quant.quantised(x, FORMATS[name]).dense()
+    back = packing.quantised(x, FORMATS[name]).dense()
     assert torch.isfinite(back).all()
     assert not back[5].any()
     wide = x.norm(dim=1) > 2  # below, half-precision scales lose bits
@@ -81,7 +81,7 @@ def test_a_matrix_in_blocks(name: str) -> None:
     """Shape, bytes, single rows, and a product that is the product with the unpacked matrix."""
     torch.manual_seed(3)
     format = FORMATS[name]
-    blocks = quant.quantised(torch.randn(12, 512), format)
+    blocks = packing.quantised(torch.randn(12, 512), format)
     assert blocks.shape == (12, 512)
     assert blocks.nbytes == 12 * 512 // format.block_weights * format.block_bytes
     dense = blocks.dense()

@@ -66,8 +66,8 @@ def read(path: Path, projector: Path | None, template: str | None) -> Checkpoint
     config, entries = LlavaConfig(text, None, None, None, chosen, stops), _entries(file, text)
     if eyes := _eyes(path, projector, text):
         tiled = eyes.image.mode == "anyres"
-        seeing = {"vision": eyes.vision, "projector": eyes.projector, "image": eyes.image}
-        config = replace(config, **seeing, has_newline=tiled, family="llava-1.6" if tiled else "llava-1.5")
+        config = replace(config, vision=eyes.vision, projector=eyes.projector, image=eyes.image)
+        config = replace(config, has_newline=tiled, family="llava-1.6" if tiled else "llava-1.5")
         entries |= eyes.entries
     return Checkpoint(path, "gguf", config, tokenizer, checked(entries, config, path))
 

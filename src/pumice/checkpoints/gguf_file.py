@@ -129,7 +129,7 @@ def architecture(path: Path) -> str | None:
     """What a file says it is, without reading further than that. None for what is no GGUF."""
     if not is_gguf(path) or path.stat().st_size < 24:
         return None
-    at = _Cursor(path, memoryview(MappedFile(path, path.stat().st_size).bytes.numpy()))
+    at = _Cursor(path, MappedFile(path, path.stat().st_size).memory)
     _, keys = at.header()
     for _ in range(keys):
         key = at.string("a key")
@@ -190,7 +190,7 @@ def _open_one(path: Path) -> GgufFile:
     if size < 24:
         raise _broken(path, f"it has {size} bytes, fewer than its header")
     mapped = MappedFile(path, size)
-    at = _Cursor(path, memoryview(mapped.bytes.numpy()))
+    at = _Cursor(path, mapped.memory)
     tensors, keys = at.header()
     values: dict[str, Value] = {}
     for _ in range(keys):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pumice.checkpoints.fields import Fields, is_number, is_whole, shown
@@ -48,14 +48,15 @@ def tokenizer(fields: Fields) -> Tokenizer:
 def stop_ids(fields: Fields, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The ids that end an answer: the file's own, and the tokens that llama.cpp takes for ends by their text."""
     found = [fields.raw(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")]
-    ids = [each for each in found if is_whole(each)] or [tokenizer.eos_id]
+    ids: list[int | None] = [each for each in found if is_whole(each)]
+    ids = ids or [tokenizer.eos_id]
     ids += [tokenizer.id_of(word) for word in END_WORDS]
     return tuple(dict.fromkeys(each for each in ids if each is not None and 0 <= each < tokenizer.vocab_size))
 
 
 def _sentencepiece(fields: Fields, tokens: Sequence[str], kinds: Sequence[int]) -> Tokenizer:
     scores = _list(fields, "tokenizer.ggml.scores", float, like=tokens, default=0.0)
-    names = _names(fields, tokens, bos=1, eos=2, unk=0)
+    names = _names(fields, tokens, _SENTENCEPIECE_ROLES)
     unknown = names["unk_token"]
     # A user's token is found as a whole and joined from no others, as an unused one.
     own_kinds = [UNUSED if kind == USER_DEFINED else kind for kind in kinds]
@@ -79,7 +80,7 @@ def _byte_level(fields: Fields, tokens: Sequence[str], kinds: Sequence[int]) -> 
     pre = fields.text("tokenizer.ggml.pre", "default")
     if pre not in _SPLITS:
         raise fields.wrong("tokenizer.ggml.pre", " or ".join(_SPLITS))
-    names = _names(fields, tokens)
+    names = _names(fields, tokens, {})
     llama_3 = pre in _LLAMA_3_NAMES
     bos = names.get("bos_token") if fields.flag("tokenizer.ggml.add_bos_token", llama_3) else None
     added = _added(tokens, kinds)
@@ -109,14 +110,18 @@ def _byte_level(fields: Fields, tokens: Sequence[str], kinds: Sequence[int]) -> 
     return Tokenizer.from_json(json.dumps(spec), config=names)
 
 
-def _names(fields: Fields, tokens: Sequence[str], **defaults: int) -> dict[str, str]:
+_ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+_SENTENCEPIECE_ROLES = {"bos_token": 1, "eos_token": 2, "unk_token": 0}
+"""Where the file does not say."""
+
+
+def _names(fields: Fields, tokens: Sequence[str], defaults: Mapping[str, int]) -> dict[str, str]:
     """The texts of the tokens with a role, under the names of tokenizer_config.json."""
-    roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     found: dict[str, str] = {}
-    for name, role in roles.items():
+    for name, role in _ROLES.items():
         key = f"tokenizer.ggml.{role}_token_id"
         if key in fields or name in defaults:
-            found[f"{name}_token"] = tokens[fields.whole(key, defaults.get(name), least=0, most=len(tokens) - 1)]
+            found[name] = tokens[fields.whole(key, defaults.get(name), least=0, most=len(tokens) - 1)]
     return found
 
 
@@ -135,7 +140,7 @@ def _list(fields: Fields, key: str, kind: type, *, like: Sequence[object] = (), 
     values = fields.raw(key)
     if values is None and default is not None:
         return [default] * len(like)
-    fits = {str: lambda each: isinstance(each, str), int: is_whole, float: is_number}[kind]
+    fits: Callable[[object], bool] = {int: is_whole, float: is_number}.get(kind, lambda each: isinstance(each, kind))
     if not isinstance(values, list) or not values or len(values) > MAX_TOKENS or not all(map(fits, values)):
         raise fields.wrong(key, f"an array of {kind.__name__}")
     if like and len(values) != len(like):

@@ -95,7 +95,7 @@ def _merged_entry(base: Entry, sides: Mapping[str, Entry], *, scale: float, rank
         )
 
     def load() -> Tensor:
-        change = up.load().to(torch.float32) @ down.load().to(torch.float32)
-        return (base.load().to(torch.float32) + scale * change).to(base.dtype)
+        change = up.dense().to(torch.float32) @ down.dense().to(torch.float32)
+        return (base.dense().to(torch.float32) + scale * change).to(base.dtype)
 
     return replace(base, load=load)

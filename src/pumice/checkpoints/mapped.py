@@ -23,3 +23,8 @@ class MappedFile:
         """The whole file, (size,) uint8."""
         storage: Any = torch.UntypedStorage.from_file(str(self.path), shared=False, nbytes=self.size)
         return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+    @property
+    def memory(self) -> memoryview:
+        """The same bytes, for readers that want no tensor."""
+        return self.bytes.numpy().data

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,11 @@ class Entry:
     blocks: Format | None = None
     """The format of quantised values."""
 
+    def dense(self) -> Tensor:
+        """The values as plain numbers, unpacked where the file holds blocks."""
+        values = self.load()
+        return values.dense() if isinstance(values, QTensor) else values
+
     @property
     def nbytes(self) -> int:
         """Bytes of the values, as the file stores them."""
@@ -65,9 +71,8 @@ class Tensors(Mapping[str, Tensor]):
         self._entries = dict(entries)
 
     def __getitem__(self, name: str) -> Tensor:
-        """As plain numbers, unpacked where the file holds blocks."""
-        values = self.stored(name)
-        return values.dense() if isinstance(values, QTensor) else values
+        """As plain numbers."""
+        return self._entries[name].dense()
 
     def stored(self, name: str) -> Tensor | QTensor:
         """As the file holds them."""
@@ -87,6 +92,11 @@ class Tensors(Mapping[str, Tensor]):
 
     def dtype(self, name: str) -> torch.dtype:
         return self._entries[name].dtype
+
+    def kinds(self) -> str:
+        """Which types the values have, and how many tensors of each: `Q4_K 193, F32 65`."""
+        names = [each.blocks.name if each.blocks else str(each.dtype)[6:] for each in self._entries.values()]
+        return ", ".join(f"{name} {count}" for name, count in Counter(names).most_common())
 
     @property
     def nbytes(self) -> int:

@@ -56,9 +56,9 @@ def described(checkpoint: Checkpoint) -> dict[str, object]:
     config = checkpoint.config
     text, vision, image = config.text, config.vision, config.image
     parameters = {name: math.prod(shape) for name, shape in expected_tensors(config).items()}
-    width_bytes = checkpoint.tensors.dtype("language_model.embed_tokens.weight").itemsize
+    width_bytes = checkpoint.tensors.dtype("language_model.norm.weight").itemsize
     kv_bytes = 2 * text.layers * text.kv_heads * text.head_width * width_bytes
-    facts: dict[str, object] = {"family": config.family, "format": checkpoint.format, "folder": str(checkpoint.path)}
+    facts: dict[str, object] = {"family": config.family, "format": checkpoint.format, "path": str(checkpoint.path)}
     if vision is not None and image is not None:
         facts |= {
             "vision_tower": f"{vision.layers} layers, width {vision.width}, {vision.heads} heads, features of "
@@ -75,8 +75,8 @@ def described(checkpoint: Checkpoint) -> dict[str, object]:
         "template": config.template,
         "end_tokens": " ".join(checkpoint.tokenizer.token_of(token) for token in config.stop_ids),
         "parameters": sum(parameters.values()),
-        "dtype": str(checkpoint.tensors.dtype("language_model.embed_tokens.weight")).removeprefix("torch."),
-        "weights_bytes": sum(parameters.values()) * width_bytes,
+        "weights": checkpoint.tensors.kinds(),
+        "weights_bytes": checkpoint.tensors.nbytes,
         "kv_bytes_per_1000_tokens": kv_bytes * 1000,
     }
     return facts | _image_cost(config, kv_bytes)

@@ -21,7 +21,8 @@ class Rule(enum.StrEnum):
 
 
 ModelName = Annotated[
-    str, typer.Argument(help="A checkpoint folder, or a bundled model: pebble, pebble:1.5.", metavar="MODEL")
+    str,
+    typer.Argument(help="A checkpoint folder, a .gguf file, or a bundled model: pebble, pebble:1.5.", metavar="MODEL"),
 ]
 PromptText = Annotated[
     str | None, typer.Argument(help="What to ask. Paths of images in it are attached.", metavar="[PROMPT]")
@@ -36,7 +37,7 @@ Preprocess = Annotated[Rule | None, typer.Option("--preprocess", help="Image rul
 Beside = Annotated[
     list[str] | None,
     typer.Option(
-        "--with", help="A folder the checkpoint needs: its CLIP tower, or the model under a LoRA or projector."
+        "--with", help="What the checkpoint needs beside it: CLIP tower, mmproj file, the model under a LoRA."
     ),
 ]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; as the file without it.")]
