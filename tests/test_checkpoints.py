@@ -575,7 +575,7 @@ def test_a_lone_pointer_of_git_lfs(hf: Path) -> None:
 
 
 def test_not_a_checkpoint(tmp_path: Path) -> None:
-    refused(tmp_path / "nothing", "is not a folder")
+    refused(tmp_path / "nothing", "is no folder and no GGUF file")
     refused(tmp_path, "config.json")
     (tmp_path / "config.json").write_text("[" * 100_000)
     refused(tmp_path, "is not JSON")

@@ -295,7 +295,7 @@ class ChatStream(Stream):
 class Source:
     """Where a model comes from, and what is to differ from what its files say.
 
-    name: a folder in Hugging Face's or the LLaVA authors' format, or a bundled model (`pebble`, `pebble:1.5`).
+    name: a folder in Hugging Face's or the LLaVA authors' format, a .gguf file, or a bundled model (`pebble`).
     template: a prompt template's name instead of the checkpoint's own. preprocess: `hf` or `original`, whose rules
     images follow instead of the checkpoint's. beside: other folders that the checkpoint needs: the CLIP tower of an
     authors' 1.5 folder, the language model under a LoRA or a lone projector; each is known by its own config.json.
