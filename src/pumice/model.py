@@ -146,15 +146,16 @@ class Model(Prompter):
         sampling = sampling or Sampling()
         if sampling.stop:
             raise UserError(f"generate came with stop texts {sampling.stop!r}", hint="it gives ids; use ask for text")
+        ids = [int(each) for each in ids]
         seen = [prepare(each, *self.eyes()) for each in listed(images)]
         self.check_ids(ids)
-        expected, given = sum(each.grid.tokens for each in seen), list(ids).count(self.config.image_token_id)
+        expected, given = sum(each.grid.tokens for each in seen), ids.count(self.config.image_token_id)
         if expected != given:
             raise UserError(
                 f"the prompt holds {given} image tokens, the {len(seen)} images have {expected}",
                 hint="repeat the image token once for each token of each image, as `see` does",
             )
-        run = Run(self.network, [Request(list(ids), self._features(seen), sampling)])
+        run = Run(self.network, [Request(ids, self._features(seen), sampling)])
         return [step.token for step in itertools.chain.from_iterable(iter(run.step, []))]
 
     def _open(self, question: Question) -> _Opened:
@@ -305,7 +306,7 @@ class Source:
 
     def checkpoint(self) -> checkpoints.Checkpoint:
         """The checkpoint with these choices applied, its weights not yet read."""
-        base, tower = checkpoints.companions([Path(each) for each in self.beside])
+        base, tower = checkpoints.companions([store.resolve(each) for each in self.beside])
         found = checkpoints.read(store.resolve(self.name), base=base, tower=tower, template=self.template)
         if self.template is not None:
             found = _ending_with(found, prompt.TEMPLATES[found.config.template].end)
