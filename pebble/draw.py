@@ -116,16 +116,6 @@ def _sign(dice: random.Random, split: str) -> Sign:
     return Sign(_word(dice, split), colour, ink, font, (left, top, left + width, top + height))
 
 
-@functools.cache
-def words(held_out: bool) -> tuple[str, ...]:
-    """Words of three and four letters, capitals; one in eight is held out. Needs Debian's wamerican."""
-    lines = Path("/usr/share/dict/american-english").read_text(encoding="utf-8").split()
-    fit = sorted(
-        {line.upper() for line in lines if line.isalpha() and line.isascii() and line.islower() and 3 <= len(line) <= 4}
-    )
-    return tuple(word for word in fit if (random.Random(word).random() < 0.125) == held_out)
-
-
 SIGN_WORDS = (
     "STOP",
     "OPEN",
@@ -146,6 +136,18 @@ SIGN_WORDS = (
 )
 
 
+@functools.cache
+def words(held_out: bool) -> tuple[str, ...]:
+    """Words of three and four letters, capitals; one in eight is held out, but none of SIGN_WORDS. Needs Debian's
+    wamerican."""
+    lines = Path("/usr/share/dict/american-english").read_text(encoding="utf-8").split()
+    fit = sorted(
+        {line.upper() for line in lines if line.isalpha() and line.isascii() and line.islower() and 3 <= len(line) <= 4}
+    )
+    apart = {word for word in fit if random.Random(word).random() < 0.125}.difference(SIGN_WORDS)
+    return tuple(word for word in fit if (word in apart) == held_out)
+
+
 def _word(dice: random.Random, split: str) -> str:
     if split == "test":
         return dice.choice(words(True))
@@ -154,7 +156,9 @@ def _word(dice: random.Random, split: str) -> str:
         return dice.choice(SIGN_WORDS)
     if luck < 0.6:
         return dice.choice(words(False))
-    return "".join(dice.choice(LETTERS) for _ in range(dice.randint(2, 4)))
+    while (letters := "".join(dice.choice(LETTERS) for _ in range(dice.randint(2, 4)))) in words(True):
+        pass
+    return letters
 
 
 def paint(scene: Scene, edge_px: int) -> Image.Image:

@@ -2,18 +2,19 @@
 
     python pebble/evaluate.py [--pictures 400] [--models pebble pebble:1.5] [--write]
 
-Prints a table with 95 % Wilson intervals; --write puts it into pebble/README.md between its marks. Test pictures have
-numbers of their own; words on their signs were never trained on, and three in ten are set in a font never trained on.
+Prints a table with 95 % Wilson intervals, and what always giving the commonest answer would score; --write puts it
+into pebble/README.md between its marks. Test pictures have numbers of their own; words on their signs are held out, and
+three in ten are set in a font that training has not.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
-from draw import COLOURS, SHAPES, SIGN_WORDS, Scene, Sign, paint, scene
+from draw import SIGN_WORDS, Scene, Sign, paint, scene
 from shape import TILE_PX
 from talk import Turn, turns
 
@@ -46,7 +47,9 @@ def _named(turn: Turn, shown: Scene) -> str:
         case "describe":
             return "describe a sign" if shown.sign else "describe shapes"
         case "word":
-            return "word, never trained on"
+            return "word, held out"
+        case "choice":
+            return "a shape or a sign?" if shown.sign else "which of three shapes?"
         case "yes-no":
             return "is there a sign?" if turn.question == "Is there a sign?" else "is there a red circle?"
     return turn.task
@@ -65,6 +68,12 @@ def wilson(right: int, total: int) -> tuple[float, float]:
     z, share = 1.96, right / total
     middle, spread = share + z * z / (2 * total), z * ((share * (1 - share) + z * z / (4 * total)) / total) ** 0.5
     return (middle - spread) / (1 + z * z / total), (middle + spread) / (1 + z * z / total)
+
+
+def commonest(cases: list[tuple[Scene, Turn]], task: str) -> float:
+    """What one is right with who always gives the answer that is right most often: no look at a picture needed."""
+    answers = Counter(turn.answer for _, turn in cases if turn.task == task)
+    return max(answers.values()) / answers.total()
 
 
 def scores(name: str, cases: list[tuple[Scene, Turn]]) -> dict[str, tuple[int, int]]:
@@ -88,17 +97,13 @@ def main() -> None:
     chosen = parser.parse_args()
     cases = asked(chosen.pictures)
     found = [scores(name, cases) for name in chosen.models]
-    lines = [f"| task | {' | '.join(chosen.models)} | n |", "|---|" + "---|" * (len(chosen.models) + 1)]
+    lines = [f"| task | {' | '.join(chosen.models)} | n | commonest |", "|---|" + "---|" * (len(chosen.models) + 2)]
     for task in sorted(found[0]):
         cells = []
         for each in found:
             low, high = wilson(*each[task])
             cells.append(f"{each[task][0] / each[task][1]:.2f} ({low:.2f}-{high:.2f})")
-        lines.append(f"| {task} | {' | '.join(cells)} | {found[0][task][1]} |")
-    lines.append("")
-    lines.append(
-        f"Chance: colour {1 / (len(COLOURS) - 1):.2f}, shape {1 / len(SHAPES):.2f}, count 0.20, is there…? 0.50."
-    )
+        lines.append(f"| {task} | {' | '.join(cells)} | {found[0][task][1]} | {commonest(cases, task):.2f} |")
     table = "\n".join(lines)
     print(table)
     if chosen.write:

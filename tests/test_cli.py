@@ -299,6 +299,7 @@ def test_paths_in_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert images_in("there is no c.png  here") == ("there is no c.png  here", [])
     assert images_in("if x:\n    y  # see\na.png why") == ("if x:\n    y  # see\n why", ["a.png"])
     assert images_in(f"what is {tmp_path}/my cat.JPG") == ("what is", [f"{tmp_path}/my cat.JPG"])
+    assert images_in("\\ " * 100_000)[1] == []
     for lost in ("~nobodyhere/x.png what", "x " + "a" * 300 + ".png", "see /root/secret/x.png"):
         assert images_in(lost) == (lost, [])
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -382,8 +383,22 @@ def test_chat_on_a_terminal(folder: Path, photo: Path) -> None:
     until("... ")
     say('lines"""')
     until(">>> ")
+    say(f"/image {photo}")
+    until(">>> ")
     say("/nonsense")
     until("is no command")
+    until(">>> ")
+    say("/image")
+    until("without a path")
+    until(">>> ")
+    say('"""' + "word " * 700)
+    for _ in range(5):  # a terminal takes lines of 4 KiB at most
+        until("... ")
+        say("word " * 700)
+    until("... ")
+    say('"""')
+    until("8192 positions")
+    until("images of this turn are dropped")  # those that two errors of typing left attached
     until(">>> ")
     say("/clear")
     until("Forgotten.")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -210,6 +211,13 @@ def test_ids_with_the_wrong_number_of_image_tokens(model: Model) -> None:
 def test_ids_that_the_model_does_not_have(model: Model, ids: list[int], words: str) -> None:
     with pytest.raises(UserError, match=words):
         model.generate(ids)
+
+
+def test_ids_may_come_in_an_array_or_a_tensor(model: Model) -> None:
+    few = Sampling(max_tokens=4)
+    expected = model.generate([1, 5], sampling=few)
+    assert model.generate(np.array([1, 5]), sampling=few) == expected  # type: ignore[arg-type]
+    assert model.generate(torch.tensor([1, 5]), sampling=few) == expected  # type: ignore[arg-type]
 
 
 def test_a_vocabulary_larger_than_the_weights_is_said_at_the_question(tmp_path: Path) -> None:

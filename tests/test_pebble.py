@@ -103,6 +103,14 @@ def test_answers_are_true_of_the_picture(drawing: Path) -> None:
         assert total is not None
 
 
+def test_no_training_sign_shows_a_held_out_word(drawing: Path) -> None:
+    from draw import scene, words
+
+    held_out = set(words(True))
+    shown = (scene(index, kind="sign").sign for index in range(4000))
+    assert not held_out & {sign.word for sign in shown if sign is not None}
+
+
 def test_patch_labels_lie_on_what_they_name(drawing: Path) -> None:
     """Each thing's own patch is labelled as that thing, and where a square is named, the pixels show it."""
     from draw import COLOURS, SHAPE_COLOURS, SHAPES, UNKNOWN, patches, scene

@@ -5,6 +5,7 @@ B rows · T positions
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -302,6 +303,47 @@ def test_a_batch_in_stretches_is_the_whole_batch(start: Path, tmp_path: Path) ->
     assert norms[1:] == pytest.approx(norms[:1] * 2, abs=2e-4)
 
 
+class Sometimes(Squares):
+    """Every other sample has no picture."""
+
+    def sample(self, index: int) -> Sample:
+        found = super().sample(index)
+        if index % 2:
+            return found
+        return Sample((Message("user", "What is it?"), *found.messages[1:]), (), found.name)
+
+
+def test_a_stretch_without_a_picture_teaches_a_projector_nothing(start: Path, tmp_path: Path) -> None:
+    norms = []
+    for size in (0, 1):
+        recipe = _recipe(start, parts=("projector",), steps=1, batch=4, micro_batch=size)
+        train(recipe, output=tmp_path / f"run{size}", dataset=Sometimes())
+        norms.append(_log(tmp_path / f"run{size}")[0]["norm"])
+    assert norms[0] == pytest.approx(norms[1], abs=2e-4)
+
+
+def test_a_batch_without_pictures_is_said_where_only_eyes_learn(start: Path, tmp_path: Path) -> None:
+    class Words(Squares):
+        def sample(self, index: int) -> Sample:
+            return Sample((Message("user", "What is it?"), Message("assistant", "red")))
+
+    with pytest.raises(UserError, match="batch of step 0 has no picture"):
+        train(_recipe(start, parts=("projector",), steps=1), output=tmp_path / "run", dataset=Words())
+
+
+def test_a_token_beyond_the_weights_is_said(start: Path) -> None:
+    checkpoint = checkpoints.read(start)
+    few = dataclasses.replace(checkpoint.config, text=dataclasses.replace(checkpoint.config.text, vocab=40))
+    with pytest.raises(UserError, match=r"captions: it holds token \d+ .*; the model has 40"):
+        encode(
+            dataclasses.replace(Captions().sample(0), name="captions"),
+            few,
+            checkpoint.tokenizer,
+            template="vicuna_v1",
+            max_tokens=2048,
+        )
+
+
 def test_pictures_follow_the_recipes_rules_and_the_checkpoint_says_so(start: Path, tmp_path: Path) -> None:
     modes = {}
     for rules in ("", "hf", "original"):
@@ -445,6 +487,9 @@ def test_an_output_that_is_no_folder(start: Path, tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(UserError, match="run cannot be made"):
         train(_recipe(start), output=tmp_path / "run", dataset=Squares(1, _never))
+    (tmp_path / "other" / "log.jsonl").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"log\.jsonl cannot be written"):
+        train(_recipe(start), output=tmp_path / "other", dataset=Squares(1, _never))
 
 
 @pytest.mark.parametrize("content", ["", "[", "[1]", "[]", "{}", "[" * 100_000])
@@ -465,6 +510,8 @@ def test_a_file_that_holds_no_samples_is_named(tmp_path: Path, content: str) -> 
         ("steps = 0", "steps"),
         ('parts = ["head"]', "head"),
         ("rate = nan", "rate = nan"),
+        (f"rate = {10**400}", "rate = 1000"),
+        (f"steps = {10**400}", "steps = 1000"),
         ("tower_rate = -1e-4", "tower_rate = -0.0001"),
         ("final = nan", "final = nan"),
         ("final = 1.5", "final = 1.5"),

@@ -5,6 +5,7 @@ Sizes are (height, width). A derived number is a property, so that it has one ho
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
@@ -152,3 +153,7 @@ class LlavaConfig:
     """1.6: a learned vector ends each row of the tile grid."""
     family: str = "text"
     """`llava-1.5`, `llava-1.6` or `text`: what `pumice show` prints."""
+
+    def strange_id(self, ids: Iterable[int]) -> int | None:
+        """The first id that is neither a row of the vocabulary nor the image token."""
+        return next((id for id in ids if not 0 <= id < self.text.vocab and id != self.image_token_id), None)

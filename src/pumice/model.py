@@ -149,15 +149,16 @@ class Model(Prompter):
         sampling = sampling or Sampling()
         if sampling.stop:
             raise UserError(f"generate came with stop texts {sampling.stop!r}", hint="it gives ids; use ask for text")
+        ids = [int(each) for each in ids]
         seen = [prepare(each, *self.eyes()) for each in listed(images)]
         self.check_ids(ids)
-        expected, given = sum(each.grid.tokens for each in seen), list(ids).count(self.config.image_token_id)
+        expected, given = sum(each.grid.tokens for each in seen), ids.count(self.config.image_token_id)
         if expected != given:
             raise UserError(
                 f"the prompt holds {given} image tokens, the {len(seen)} images have {expected}",
                 hint="repeat the image token once for each token of each image, as `see` does",
             )
-        run = Run(self.network, [Request(list(ids), self._features(seen), sampling)])
+        run = Run(self.network, [Request(ids, self._features(seen), sampling)])
         return [step.token for step in itertools.chain.from_iterable(iter(run.step, []))]
 
     def _open(self, question: Question) -> _Opened:
@@ -297,8 +298,8 @@ class Source:
 
     name: a folder in Hugging Face's or the LLaVA authors' format, a .gguf file, or a bundled model (`pebble`).
     template: a prompt template's name instead of the checkpoint's own. preprocess: `hf` or `original`, whose rules
-    images follow instead of the checkpoint's. beside: other folders that the checkpoint needs: the CLIP tower of an
-    authors' 1.5 folder, the language model under a LoRA or a lone projector; each is known by its own config.json.
+    images follow instead of the checkpoint's. beside: what else the checkpoint needs: the CLIP tower of an authors' 1.5
+    folder, the language model under a LoRA or a lone projector, the mmproj file of a GGUF; each is known by itself.
     """
 
     name: str | Path
@@ -308,7 +309,7 @@ class Source:
 
     def checkpoint(self) -> checkpoints.Checkpoint:
         """The checkpoint with these choices applied, its weights not yet read."""
-        beside = [Path(each) for each in self.beside]
+        beside = [store.resolve(each) for each in self.beside]
         found = checkpoints.read(store.resolve(self.name), beside=beside, template=self.template)
         if self.template is not None:
             found = _ending_with(found, prompt.TEMPLATES[found.config.template].end)

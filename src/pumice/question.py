@@ -116,7 +116,7 @@ class Prompter:
     def check_ids(self, ids: Sequence[int]) -> None:
         """Raises UserError for a prompt of no token, one that leaves no position for an answer, or an id that the
         model has no row for."""
-        limit, vocab = self.config.text.max_positions, self.config.text.vocab
+        limit = self.config.text.max_positions
         if not ids:
             raise UserError("the prompt is empty: it has no token", hint="give at least one word")
         if len(ids) >= limit:
@@ -124,11 +124,12 @@ class Prompter:
                 f"the prompt is {len(ids)} tokens long, images included; {self.name} has {limit} positions",
                 hint="send fewer or smaller images, fewer turns or less text",
             )
-        strange = next((id for id in ids if not 0 <= id < vocab and id != self.config.image_token_id), None)
+        strange = self.config.strange_id(ids)
         if strange is not None:
             raise UserError(
-                f"the prompt holds token {strange} ({self.tokenizer.token_of(strange)!r}); {self.name} has {vocab}",
-                hint="the tokenizer and the weights belong to different models; get them from one place",
+                f"the prompt holds token {strange} ({self.tokenizer.token_of(strange)!r}); {self.name} has "
+                f"{self.config.text.vocab}",
+                hint="give ids of this model's tokenizer; or it and the weights belong to different models",
             )
 
 

@@ -311,6 +311,7 @@ def _library(text: str) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     if not isinstance(model.get("vocab"), dict) or not model["vocab"]:
         raise UserError("the tokenizer.json has no vocabulary", hint=hint)
     _refuse_unknown_steps(spec, hint)
+    _refuse_lost_merges(model, hint)
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
             raise UserError(f"the tokenizer.json has a {name}, which pumice does not support", hint=hint)
@@ -334,6 +335,18 @@ def _refuse_unknown_steps(spec: Mapping[str, Any], hint: str) -> None:
         for step in steps_of(spec.get(place), inner):
             if step["type"] not in known:
                 raise UserError(f"the tokenizer.json has a {place} of type {step['type']!r}", hint=hint)
+
+
+def _refuse_lost_merges(model: Mapping[str, Any], hint: str) -> None:
+    """Two pieces that join to a token that is none: the library would print an error of its own on the terminal."""
+    for merge in model.get("merges") or ():
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if (
+            isinstance(pair, list)
+            and all(isinstance(each, str) for each in pair)
+            and "".join(pair) not in model["vocab"]
+        ):
+            raise UserError(f"the tokenizer.json joins {pair}, which gives no token of its vocabulary", hint=hint)
 
 
 class _LibraryErrors:

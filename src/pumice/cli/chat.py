@@ -45,13 +45,10 @@ def talk(model: Model, *, system: str | None, sampling: Sampling, images: Sequen
                 pending = _turn(chat, message, pending)
         except UserError as error:
             print_error(error)
-            if pending:
-                print("(attached images are dropped)", file=sys.stderr)
-                pending = []
 
 
 def _turn(chat: Chat, message: str, pending: list[str]) -> list[str]:
-    """Ask, and print the answer as it comes. Returns the images still to be sent: none, unless the turn failed."""
+    """Ask, and print the answer as it comes. Returns the images still to be sent: those of a message without words."""
     text, named = images_in(message)
     for path in named:
         print(f"Added image '{path}'", file=sys.stderr)
@@ -65,6 +62,12 @@ def _turn(chat: Chat, message: str, pending: list[str]) -> list[str]:
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
         print("\n(stopped; this turn is forgotten)", file=sys.stderr)
+    except UserError as error:
+        # What the model refuses once it would refuse each time.
+        print_error(error)
+        if images:
+            print("(the images of this turn are dropped)", file=sys.stderr)
+        return []
     print(flush=True)
     return []
 
@@ -78,6 +81,8 @@ def _command(model: Model, chat: Chat, message: str, pending: list[str]) -> list
             _check_image(model, path)
             print(f"Added image '{path}'", file=sys.stderr)
             return [*pending, path]
+        case "/image":
+            raise UserError("/image came without a path", hint="write /image photo.jpg")
         case "/clear":
             chat.clear()
             print("Forgotten.", file=sys.stderr)

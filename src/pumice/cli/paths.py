@@ -16,7 +16,7 @@ _PATHS = tuple(
         # Like Ollama: a path from the root or from here may hold spaces.
         rf"""(?<!\S)(?P<path>(?:~?/|\.{{1,2}}/)[^'"\n]{{0,1000}}?{_ENDING}){_AFTER}""",
         # Escaped white space belongs to a path, as a shell or a terminal's drag and drop writes it.
-        rf"""(?<!\S)(?P<path>(?:[^\s\\'"]|\\.)+?{_ENDING}){_AFTER}""",
+        rf"""(?<!\S)(?P<path>(?:[^\s\\'"]|\\.){{1,1000}}?{_ENDING}){_AFTER}""",
     )
 )
 

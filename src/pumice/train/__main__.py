@@ -1,6 +1,6 @@
 """python -m pumice.train RECIPE.toml --output DIR
 
-Exit codes: 0 done, 2 something given was wrong, 130 stopped by Ctrl-C.
+Exit codes: 0 done, 2 something given was wrong, 130 stopped by Ctrl-C, 143 by SIGTERM.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ def main() -> int:
     except KeyboardInterrupt as stop:
         print(str(stop) or "stopped", file=sys.stderr)
         return 130
+    except SystemExit as stop:
+        print(stop, file=sys.stderr)
+        return 143
     return 0
 
 

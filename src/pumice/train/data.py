@@ -138,6 +138,12 @@ def _encoded(sample: Sample, config: LlavaConfig, tokenizer: Tokenizer, template
     prepared = [prepare(each, config.image, config.vision) for each in sample.images if config.image and config.vision]
     counts = [each.grid.tokens for each in prepared]
     encoded = tokenizer.encode(render(template, sample.messages), counts, image_id=config.image_token_id)
+    strange = config.strange_id(encoded.ids)
+    if strange is not None:
+        raise UserError(
+            f"it holds token {strange} ({tokenizer.token_of(strange)!r}); the model has {config.text.vocab}",
+            hint="the tokenizer and the weights belong to different models; get them from one place",
+        )
     if any(start + length > max_tokens for start, length in encoded.images):
         raise UserError(
             f"its images end beyond token {max_tokens}, where the recipe cuts", hint="raise max_tokens, or leave it out"

@@ -184,9 +184,15 @@ def _step(
     for start in range(0, len(rows), size):
         stretch = rows[start : start + size]
         loss = loss_of(network, collate(stretch)) * (sum(row.learned for row in stretch) / learned)
-        loss.backward()  # type: ignore[no-untyped-call]
+        if loss.requires_grad:  # of a stretch without a picture a projector learns nothing
+            loss.backward()  # type: ignore[no-untyped-call]
         total += loss.item()
     learning = [weight for group in optimiser.param_groups for weight in group["params"]]
+    if all(weight.grad is None for weight in learning):
+        raise UserError(
+            f"the batch of step {step} has no picture, and only {' and '.join(recipe.parts)} learns",
+            hint="give samples with images, or train the language model too",
+        )
     norm = float(torch.nn.utils.clip_grad_norm_(learning, recipe.clip_norm))
     if not math.isfinite(norm):
         raise UserError(f"the gradient at step {step} is {norm}", hint="begin anew with a lower learning rate")

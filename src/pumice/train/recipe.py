@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,9 @@ from pumice.prompt import TEMPLATES
 
 PARTS = ("projector", "language_model", "vision_tower")
 Part = Literal["projector", "language_model", "vision_tower"]
+
+MAX_NUMBER = 1e300
+"""TOML has integers that no float can hold."""
 
 _BOUNDS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (("steps", "batch", "save_every"), lambda value: value >= 1, "a whole number of at least 1"),
@@ -78,7 +80,7 @@ class Recipe:
         for names, holds, wanted in _BOUNDS:
             for name in names:
                 value = getattr(self, name)
-                if not (math.isfinite(value) and holds(value)):
+                if not (-MAX_NUMBER < value < MAX_NUMBER and holds(value)):
                     raise UserError(f"a recipe has {name} = {value}", hint=f"give {wanted}")
 
 

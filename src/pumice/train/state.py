@@ -19,8 +19,8 @@ from pumice.network.llava import Llava
 from pumice.train.recipe import Recipe
 
 MAY_CHANGE = ("micro_batch", "max_tokens", "save_every")
-"""Keys that may differ when a run goes on: they say how the work is cut and kept, not what is learned. Of a sample that
-stopped the run, max_tokens may be the remedy."""
+"""Keys that may differ when a run goes on: how the work is cut and kept; and max_tokens, which may be the remedy for
+the sample that stopped the run."""
 
 # What torch.load raises on a file that was cut short or is no state, and load_state_dict on one of another model.
 _DAMAGED = (OSError, EOFError, RuntimeError, pickle.UnpicklingError, LookupError, TypeError, ValueError)
@@ -77,7 +77,10 @@ class State:
 
 def log_from(path: Path, step: int) -> TextIO:
     """A log to append to, cut to its first `step` lines: what followed the last saved state is written again."""
-    log = path.open("a+", encoding="utf-8", newline="\n", buffering=1)
+    try:
+        log = path.open("a+", encoding="utf-8", newline="\n", buffering=1)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}", hint="name another output") from error
     log.seek(0)
     for _ in range(step):
         log.readline()
