@@ -42,7 +42,13 @@ def _read(path: Path, beside: Companions, template: str | None) -> Checkpoint:
     if not path.is_dir():
         raise UserError(f"{path} is no folder and no GGUF file", hint="give a checkpoint's folder or a .gguf file")
     if not (path / "config.json").is_file():
-        raise UserError(f"{path} has no config.json", hint="give a checkpoint's folder; the file says what model it is")
+        near = min((str(each) for each in path.glob("*.gguf")), default=None)
+        what = (
+            f"name a file in it, such as {near}"
+            if near
+            else "give a checkpoint's folder; the file says what model it is"
+        )
+        raise UserError(f"{path} has no config.json", hint=what)
     config = read_json(path / "config.json")
     if original.is_original(config):
         _refuse(path, "a folder of the LLaVA authors", beside.projector)
