@@ -216,7 +216,7 @@ def test_projectors_beside(tmp_path: Path) -> None:
     path.with_name("two.gguf").write_bytes(path.with_name("mmproj.gguf").read_bytes())
     with pytest.raises(UserError, match="both projectors that fit"):
         pumice.load(path)
-    with pytest.raises(UserError, match="name a file in it, such as .*lm.gguf"):
+    with pytest.raises(UserError, match=r"name a file in it, such as .*lm\.gguf"):
         pumice.load(path.parent)
     with pytest.raises(UserError, match="'clip'"):
         checkpoints.read(path, beside=[path])

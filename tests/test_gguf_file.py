@@ -116,6 +116,29 @@ def test_what_the_package_writes_is_read(tmp_path: Path) -> None:
     assert float((_dense(found, "q") - torch.from_numpy(matrix)).abs().max()) < 0.4
 
 
+@pytest.mark.parametrize("edge", [1, 2, 4096])
+def test_any_alignment(edge: int, tmp_path: Path) -> None:
+    """Tensors that begin at odd bytes too, a vector in blocks and one of more than two dimensions."""
+    numbers, blocks = np.arange(3, dtype=np.float32), np.arange(18 * 6, dtype=np.uint8)
+    tensors = [
+        ToStore("bytes", (1, 32), FORMATS["Q4_0"], lambda: blocks[:18]),
+        ToStore("odd", (3,), FORMATS["F32"], lambda: numbers),
+        ToStore("vector", (32,), FORMATS["Q4_0"], lambda: blocks[:18]),
+        ToStore("cube", (2, 3, 32), FORMATS["Q4_0"], lambda: blocks),
+    ]
+    list(write_gguf(tmp_path / "a.gguf", {"general.alignment": Value("u32", edge), "k": Value("bool", True)}, tensors))
+    found = open_gguf(tmp_path / "a.gguf")
+    assert torch.equal(_dense(found, "odd"), torch.arange(3.0))
+    assert torch.equal(_dense(found, "vector"), _dense(found, "bytes")[0])
+    assert torch.equal(_dense(found, "cube")[0, 0], _dense(found, "vector"))
+
+
+def test_a_damaged_file_beside_says_nothing(file: Path) -> None:
+    for length in (3, 10, 30, 60):
+        (file.parent / "cut.gguf").write_bytes(file.read_bytes()[:length])
+        assert architecture(file.parent / "cut.gguf") is None
+
+
 def test_reading_and_writing_keeps_every_byte(file: Path, tmp_path: Path) -> None:
     found = open_gguf(file)
 

@@ -105,7 +105,8 @@ def unpack(blocks_NB: Tensor, format: Format) -> Tensor:
 
 def _f16(blocks_NB: Tensor, at: int) -> Tensor:
     """The half-precision number at a byte, (N, 1) float32."""
-    return blocks_NB[:, at : at + 2].contiguous().view(torch.float16).float()
+    # A copy, not a view: it begins at an even byte wherever the block does.
+    return blocks_NB[:, at : at + 2].clone(memory_format=torch.contiguous_format).view(torch.float16).float()
 
 
 def _nibbles(bytes_NX: Tensor) -> Tensor:

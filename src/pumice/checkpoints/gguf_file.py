@@ -12,6 +12,7 @@ import os
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -92,11 +93,14 @@ class Stored:
         return Entry(self.name, self.shape, self.format.dtype or torch.float32, load or self.load, blocks)
 
     def load(self) -> Tensor | QTensor:
-        """The values: a view of the file, in blocks where the format has blocks. Matrices only can be in blocks."""
+        """The values: a view of the file; a matrix in blocks stays in them, whatever else is in blocks is unpacked."""
         raw = self.file.bytes[self.start : self.start + self.nbytes]
         if self.format.dtype is not None:
+            # A file may align its tensors to less than its numbers need.
+            raw = raw if self.start % self.format.dtype.itemsize == 0 else raw.clone()
             return raw.view(self.format.dtype).view(self.shape)
-        return QTensor(raw.view(math.prod(self.shape[:-1]), -1), self.format)
+        blocks = QTensor(raw.view(math.prod(self.shape[:-1]), -1), self.format)
+        return blocks if len(self.shape) == 2 else blocks.dense().view(self.shape)
 
 
 @dataclass(frozen=True)
@@ -126,16 +130,17 @@ def is_gguf(path: Path) -> bool:
 
 
 def architecture(path: Path) -> str | None:
-    """What a file says it is, without reading further than that. None for what is no GGUF."""
+    """What a file says it is, without reading further than that. None for what is no GGUF, or too damaged to say."""
     if not is_gguf(path) or path.stat().st_size < 24:
         return None
     at = _Cursor(path, MappedFile(path, path.stat().st_size).memory)
-    _, keys = at.header()
-    for _ in range(keys):
-        key = at.string("a key")
-        value = at.value(key)
-        if key == "general.architecture" and value.kind == "string" and not value.is_array:
-            return str(value.value)
+    with suppress(UserError):
+        _, keys = at.header()
+        for _ in range(keys):
+            key = at.string("a key")
+            value = at.value(key)
+            if key == "general.architecture" and value.kind == "string" and not value.is_array:
+                return str(value.value)
     return None
 
 
