@@ -20,6 +20,7 @@ from pumice import Sampling, UserError, checkpoints
 from pumice.checkpoints.gguf_file import open_gguf
 from pumice.checkpoints.gguf_vocab import stop_ids, tokenizer
 from pumice.prompt import Part
+from pumice.train import Recipe, train
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8))
 FEW = Sampling(max_tokens=24)
@@ -207,6 +208,13 @@ def test_without_eyes_it_is_a_text_model(tmp_path: Path) -> None:
         model.ask("What?", PICTURE)
     seeing = pumice.load(path, beside=named, template="vicuna_v1")
     assert seeing.ask("What?", PICTURE, sampling=FEW).image_tokens == (4,)
+
+
+def test_training_starts_from_a_folder(tmp_path: Path) -> None:
+    path = pair(tiny.hf_folder(tmp_path / "hf", family="1.5"), tmp_path / "gguf")
+    recipe = Recipe(str(path), data=str(tmp_path / "none.json"), steps=1)
+    with pytest.raises(UserError, match="is a GGUF file"):
+        train(recipe, output=tmp_path / "run")
 
 
 def test_projectors_beside(tmp_path: Path) -> None:

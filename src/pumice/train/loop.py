@@ -40,6 +40,11 @@ def train(recipe: Recipe, *, output: Path, dataset: Dataset | None = None, resum
     (output/model is there) or was begun with another recipe; later, for what is wrong with a sample.
     """
     checkpoint = checkpoints.read(store.resolve(recipe.model))
+    if checkpoint.format == "gguf":
+        raise UserError(
+            f"{recipe.model} is a GGUF file",
+            hint="train the folder that it was made of; no folder is made of a GGUF yet",
+        )
     config, folder = _config(checkpoint.config, recipe), output / "model"
     checkpoints.check_writable(folder, config, tokenizer_files=checkpoint.path)
     data = dataset if dataset is not None else _named_data(recipe)
