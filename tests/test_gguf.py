@@ -3,7 +3,9 @@ as the Hugging Face folder that they are made of."""
 
 from __future__ import annotations
 
+import functools
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import pumice
 import tiny
 from conftest import reference
 from pumice import Sampling, UserError, checkpoints
-from pumice.checkpoints.gguf_file import open_gguf
+from pumice.checkpoints.gguf_file import Stored, ToStore, Value, open_gguf, write_gguf
 from pumice.checkpoints.gguf_vocab import stop_ids, tokenizer
 from pumice.prompt import Part
 from pumice.train import Recipe, train
@@ -208,6 +210,75 @@ def test_without_eyes_it_is_a_text_model(tmp_path: Path) -> None:
         model.ask("What?", PICTURE)
     seeing = pumice.load(path, beside=named, template="vicuna_v1")
     assert seeing.ask("What?", PICTURE, sampling=FEW).image_tokens == (4,)
+
+
+def edited(path: Path, *, values: dict[str, Value] | None = None, names: dict[str, str] | None = None) -> Path:
+    """The same file with other metadata, or tensors under other names."""
+    found = open_gguf(path)
+
+    def bytes_of(stored: Stored) -> np.ndarray[Any, Any]:
+        return stored.file.bytes[stored.start : stored.start + stored.nbytes].numpy()
+
+    tensors = [
+        ToStore((names or {}).get(name, name), each.shape, each.format, functools.partial(bytes_of, each))
+        for name, each in found.tensors.items()
+    ]
+    out = path.with_name(f"edited-{path.name}")
+    list(write_gguf(out, dict(found.values) | (values or {}), tensors))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"llama.attention.head_count": Value("u32", 3)}, "head_count_kv"),
+        (
+            {"llama.attention.key_length": Value("u32", 2**20), "llama.attention.head_count": Value("u32", 1024)},
+            "shape",
+        ),
+        ({"llama.expert_count": Value("u32", 8)}, "mixture of experts"),
+        ({"llama.rope.scaling.type": Value("string", "yarn")}, "'yarn'"),
+        ({"llama.block_count": Value("u32", 4)}, "lacks"),
+        ({"general.architecture": Value("string", "gemma")}, "'gemma'"),
+        ({"tokenizer.ggml.model": Value("string", "rwkv")}, "'rwkv'"),
+        ({"tokenizer.ggml.tokens": Value("string", ["a", "a"])}, "differ from each other"),
+        ({"tokenizer.ggml.scores": Value("f32", [0.0])}, "1 values for"),
+        ({"tokenizer.chat_template": Value("string", "{{ x }}")}, "does not know"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else "",
+)
+def test_language_models_that_are_refused(values: dict[str, Value], words: str, tmp_path: Path) -> None:
+    """In bounded memory too: a file of 2^30 rows by its metadata has no such tensor."""
+    path = pair(tiny.hf_folder(tmp_path / "hf", family="1.5"), tmp_path / "gguf")
+    if "llama.attention.key_length" in values:
+        values = values | {"llama.rope.dimension_count": Value("u32", 2**20)}
+    before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=words):
+        checkpoints.read(edited(path, values=values))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib < 300_000
+
+
+@pytest.mark.parametrize(
+    ("values", "names", "words"),
+    [
+        ({"clip.projector_type": Value("string", "ldp")}, {}, "'ldp'"),
+        ({"clip.vision.attention.head_count": Value("u32", 5)}, {}, "head_count is 5"),
+        ({"clip.vision.patch_size": Value("u32", 56)}, {}, "patch_size is 56"),
+        ({"clip.use_silu": Value("bool", True)}, {}, "use_silu"),
+        ({"clip.vision.image_grid_pinpoints": Value("i32", [28, 56])}, {}, "no image_newline"),
+        ({}, {"mm.2.weight": "mm.3.weight"}, "the layers"),
+        ({}, {"mm.2.bias": "mm.1.bias"}, "mm.0.bias and mm.1.bias are both"),
+        ({}, {"v.class_embd": "language_model.norm.weight"}, "are both language_model.norm.weight"),
+        ({}, {"v.pre_ln.bias": "v.extra"}, "v.extra|pre_layrnorm"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else "",
+)
+def test_projectors_that_are_refused(
+    values: dict[str, Value], names: dict[str, str], words: str, tmp_path: Path
+) -> None:
+    path = pair(tiny.hf_folder(tmp_path / "hf", family="1.5"), tmp_path / "gguf")
+    with pytest.raises(UserError, match=words):
+        checkpoints.read(path, beside=[edited(path.with_name("mmproj.gguf"), values=values, names=names)])
 
 
 def test_training_starts_from_a_folder(tmp_path: Path) -> None:

@@ -126,7 +126,9 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise UserError(f"there is no file {path}", hint="the checkpoint is incomplete; get it again") from error
+        raise UserError(
+            f"there is no file {error.filename or path}", hint="the checkpoint is incomplete; get it again"
+        ) from error
     except OSError as error:
         name = error.filename or path
         raise UserError(f"{name} cannot be read: {error.strerror}", hint="check who may read it") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -94,15 +94,18 @@ def renamed(entries: Mapping[str, Entry], path: Path) -> dict[str, Entry]:
     4.52 to 4.x (a leading `model.`); 5 (no `vision_model`); a language model alone (`model.layers…`); the authors'
     (`model.mm_projector.0`, `model.vision_tower.vision_tower…`). An unknown key keeps its name.
     """
+    # Both are computed from the config; files from before Transformers 4.31 still hold them.
+    kept = [key for key in entries if not key.endswith((".rotary_emb.inv_freq", ".embeddings.position_ids"))]
+    return collected(((canonical(key), entries[key]) for key in kept), path)
+
+
+def collected(pairs: Iterable[tuple[str, Entry]], path: Path) -> dict[str, Entry]:
+    """Tensors by pumice's names. Raises UserError when two have one name."""
     named: dict[str, Entry] = {}
-    for key, entry in entries.items():
-        # Both are computed from the config; files from before Transformers 4.31 still hold them.
-        if key.endswith((".rotary_emb.inv_freq", ".embeddings.position_ids")):
-            continue
-        name = canonical(key)
+    for name, entry in pairs:
         if name in named:
             raise UserError(
-                f"{path}: {named[name].key} and {key} are both {name}",
+                f"{path}: {named[name].key} and {entry.key} are both {name}",
                 hint="the files mix two checkpoints; get them again",
             )
         named[name] = entry

@@ -7,6 +7,7 @@ the two differ: docs/formats.md. Facts: convert_hf_to_gguf.py, convert_legacy_ll
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from pumice.checkpoints import gguf_vocab
 from pumice.checkpoints.fields import shown
-from pumice.checkpoints.form import Checkpoint, checked
+from pumice.checkpoints.form import Checkpoint, checked, collected
 from pumice.checkpoints.gguf_eyes import PROJECTOR, Eyes, read_eyes
 from pumice.checkpoints.gguf_file import GgufFile, Stored, architecture, open_gguf
 from pumice.checkpoints.settings import MAX_LAYERS, unsupported
@@ -63,13 +64,13 @@ def read(path: Path, projector: Path | None, template: str | None) -> Checkpoint
     kind = "mistral" if text.kv_heads < text.heads and text.rope_theta == 1e6 else "llama"
     jinja = fields.text("tokenizer.chat_template") if "tokenizer.chat_template" in fields else None
     chosen = known_template(template, jinja, path) or usual_template(kind, stops, tokenizer)
-    config, entries = LlavaConfig(text, None, None, None, chosen, stops), _entries(file, text)
+    config, entries = LlavaConfig(text, None, None, None, chosen, stops), list(_entries(file, text))
     if eyes := _eyes(path, projector, text):
         tiled = eyes.image.mode == "anyres"
         config = replace(config, vision=eyes.vision, projector=eyes.projector, image=eyes.image)
         config = replace(config, has_newline=tiled, family="llava-1.6" if tiled else "llava-1.5")
-        entries |= eyes.entries
-    return Checkpoint(path, "gguf", config, tokenizer, checked(entries, config, path))
+        entries += eyes.entries.items()
+    return Checkpoint(path, "gguf", config, tokenizer, checked(collected(entries, path), config, path))
 
 
 def _eyes(path: Path, projector: Path | None, text: TextConfig) -> Eyes | None:
@@ -139,19 +140,15 @@ def _rows(file: GgufFile, name: str) -> int:
     return file.tensors[name].shape[0]
 
 
-def _entries(file: GgufFile, text: TextConfig) -> dict[str, Entry]:
+def _entries(file: GgufFile, text: TextConfig) -> Iterator[tuple[str, Entry]]:
     """The tensors by pumice's names; queries and keys with their rows in Transformers' order."""
-    turns = {
-        f"self_attn.{name}_proj.{part}": turned(heads, text.head_width)
-        for name, heads in (("q", text.heads), ("k", text.kv_heads))
-        for part in ("weight", "bias")
-    }
-    entries: dict[str, Entry] = {}
     for stored in file.tensors.values():
         name = name_of(stored.name)
-        turn = turns.get(re.sub(r"language_model\.layers\.\d+\.", "", name))
-        entries[name] = stored.entry() if turn is None else _reordered(stored, turn)
-    return entries
+        match = re.search(r"\.self_attn\.([qk])_proj\.", name)
+        if match is None:
+            yield name, stored.entry()
+        else:
+            yield name, _reordered(stored, text.heads if match[1] == "q" else text.kv_heads, text.head_width)
 
 
 def name_of(key: str) -> str:
@@ -172,9 +169,9 @@ def turned(heads: int, head_width: int) -> Tensor:
     return rows.transpose(1, 2).flatten()
 
 
-def _reordered(stored: Stored, rows: Tensor) -> Entry:
+def _reordered(stored: Stored, heads: int, head_width: int) -> Entry:
     def load() -> Tensor | QTensor:
-        values = stored.load()
+        values, rows = stored.load(), turned(heads, head_width)
         return QTensor(values.data_RB[rows], values.format) if isinstance(values, QTensor) else values[rows]
 
     return stored.entry(load)

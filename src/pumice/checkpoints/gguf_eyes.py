@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pumice.checkpoints.fields import Fields, shown
+from pumice.checkpoints.form import collected
 from pumice.checkpoints.gguf_file import GgufFile, open_gguf
 from pumice.checkpoints.settings import MAX_LAYERS, MAX_PX, NEXT_PINPOINTS, channels, pinpoints, unsupported
 from pumice.checkpoints.tensors import Entry
@@ -68,7 +69,9 @@ def read_eyes(path: Path) -> Eyes:
             fields, f"the projector has the layers {sorted(layers)}", "0, 2, 4…: linear layers with GELUs between"
         )
     vision = _vision(file)
-    entries = {name_of(name, swapped=_swapped(file, vision)): each.entry() for name, each in file.tensors.items()}
+    swapped = _swapped(file, vision)
+    named = ((name_of(name, swapped=swapped), each.entry()) for name, each in file.tensors.items())
+    entries = collected(named, path)
     projector = ProjectorConfig(len(layers), bias="mm.0.bias" in file.tensors)
     image = _image(fields, vision, newline="image_newline" in entries)
     return Eyes(path, vision, projector, image, entries, file.tensors[f"mm.{max(layers)}.weight"].shape[0])
@@ -105,8 +108,10 @@ def _vision(file: GgufFile) -> VisionConfig:
         fields.whole("clip.vision.attention.head_count", most=1024),
     )
     image_px, patch_px = (fields.whole(f"clip.vision.{name}_size", most=MAX_PX) for name in ("image", "patch"))
-    if width % heads or patch_px > image_px:
+    if width % heads:
         raise fields.wrong("clip.vision.attention.head_count", f"a divisor of the {width} channels")
+    if patch_px > image_px:
+        raise fields.wrong("clip.vision.patch_size", f"at most the {image_px} pixels of the image")
     # A converter drops the blocks behind the features, so that all that it left run; it may say so.
     features = fields.wholes("clip.vision.feature_layer", least=0, most=layers) or (layers,)
     return VisionConfig(
