@@ -65,15 +65,16 @@ class RowCache:
     """Keys and values of several rows, left-aligned, each row of its own length; `network.llama.KeysValues`."""
 
     def __init__(self, model: Llava, rows: int) -> None:
-        like, config = model.like, model.config.text
-        empty_BKSE = like.new_empty(rows, config.kv_heads, 0, config.head_width)
+        config = model.config.text
+        empty_BKSE = model.like.new_empty(rows, config.kv_heads, 0, config.head_width, dtype=cache_type(model))
         self.keys, self.values = [empty_BKSE] * config.layers, [empty_BKSE] * config.layers
         self._rows = slice(0)
         self._positions_BT = torch.empty(0, 0, dtype=torch.long)
         self._length = 0
 
     def aim(self, rows: slice, positions_BT: Tensor, length: int) -> None:
-        """The next pass writes the positions of these rows and reads the first `length` positions."""
+        """The next pass writes the positions of these rows and reads the first `length` positions. A single row writes
+        the last of these."""
         self._rows, self._positions_BT, self._length = rows, positions_BT, length
         self.widen(length)
 
@@ -87,9 +88,12 @@ class RowCache:
 
     def extend(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
         k_BKSE, v_BKSE = self.keys[layer][self._rows], self.values[layer][self._rows]
-        every_B1 = torch.arange(len(k_BKSE), device=k_BKSE.device)[:, None]
-        k_BKSE[every_B1, :, self._positions_BT] = k_BKTE.transpose(1, 2)
-        v_BKSE[every_B1, :, self._positions_BT] = v_BKTE.transpose(1, 2)
+        for cached_BKSE, new_BKTE in ((k_BKSE, k_BKTE), (v_BKSE, v_BKTE)):
+            if len(cached_BKSE) == 1:
+                cached_BKSE[:, :, self._length - new_BKTE.shape[2] : self._length] = new_BKTE
+            else:
+                every_B1 = torch.arange(len(cached_BKSE), device=cached_BKSE.device)[:, None]
+                cached_BKSE[every_B1, :, self._positions_BT] = new_BKTE.transpose(1, 2).to(cached_BKSE.dtype)
         return k_BKSE[:, :, : self._length], v_BKSE[:, :, : self._length]
 
     def keep(self, places: list[int]) -> None:
@@ -101,7 +105,12 @@ class RowCache:
 def position_bytes(model: Llava) -> int:
     """What the keys and values of one position take."""
     config = model.config.text
-    return 2 * config.layers * config.kv_heads * config.head_width * model.like.itemsize
+    return 2 * config.layers * config.kv_heads * config.head_width * cache_type(model).itemsize
+
+
+def cache_type(model: Llava) -> torch.dtype:
+    """The type of keys and values: that of the network; beside weights in blocks half precision, as llama.cpp has."""
+    return torch.float16 if model.in_blocks else model.like.dtype
 
 
 def _widened(cached_BKSE: Tensor, room: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pumice import ops
 from pumice.config import TextConfig
-from pumice.network.layers import Embedding, Linear, RmsNorm
+from pumice.network.layers import Embedding, Linear, RmsNorm, together
 
 
 class KeysValues(Protocol):
@@ -51,10 +51,9 @@ class Attention(nn.Module):
         self.o_proj = Linear(inner, config.width, bias=False)
 
     def forward(self, x_BTD: Tensor, turn: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
-        q_BHTE = self._heads(self.q_proj(x_BTD))
-        k_BKTE = ops.rotate(self._heads(self.k_proj(x_BTD)), *turn)
-        v_BKTE = self._heads(self.v_proj(x_BTD))
-        q_BHTE = ops.rotate(q_BHTE, *turn)
+        projected = together(x_BTD, self.q_proj, self.k_proj, self.v_proj)
+        q_BHTE, k_BKTE, v_BKTE = (self._heads(each_BTX) for each_BTX in projected)
+        q_BHTE, k_BKTE = ops.rotate(q_BHTE, *turn), ops.rotate(k_BKTE, *turn)
         if batch.cache is not None:
             k_BKTE, v_BKTE = batch.cache.extend(self.layer, k_BKTE, v_BKTE)
         mixed_BHTE = ops.attention(q_BHTE, k_BKTE, v_BKTE, batch.mask_BTS, causal=batch.causal)
@@ -73,7 +72,7 @@ class Mlp(nn.Module):
         self.down_proj = Linear(config.ffn_width, config.width, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down_proj(ops.gated_mlp(self.gate_proj(x_BTD), self.up_proj(x_BTD)))
+        return self.down_proj(ops.gated_mlp(*together(x_BTD, self.gate_proj, self.up_proj)))
 
 
 class Block(nn.Module):
