@@ -87,6 +87,7 @@ def test_help_is_golden_and_light() -> None:
             capture_output=True, text=True, env=environment, check=True,
         )  # fmt: skip
         pages.append(done.stdout)
+    assert pages.pop() == (GOLDEN / "llava_cli_help.txt").read_text(encoding="utf-8")
     assert "\n".join(pages) == (GOLDEN / "cli_help.txt").read_text(encoding="utf-8")
 
 

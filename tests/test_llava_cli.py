@@ -321,14 +321,12 @@ def test_escapes(typed: str, meant: str) -> None:
     assert unescaped(typed) == meant
 
 
-def test_escapes_are_read_unless_told_not_to(models: Path, cli: Cli) -> None:
-    path = models / "1.5" / "lm.gguf"
-    model = pumice.load(path, template="plain")
-    read = model.ask(f"{SENTENCE}\nUSER:\n\n\nWhat\nASSISTANT:", sampling=GREEDY, raw=True).text + "\n"
-    left = model.ask(f"{SENTENCE}\nUSER:\\n\\n\\nWhat\nASSISTANT:", sampling=GREEDY, raw=True).text + "\n"
-    assert read != left
-    words = ["-m", path, "-p", r"\n\n\nWhat", *SHORT]
-    assert (cli(*words).out, cli(*words, "-e").out, cli(*words, "--no-escape").out) == (read, read, left)
+def test_escapes_are_read_unless_told_not_to() -> None:
+    def prompt(*words: str) -> str:
+        return question(read_flags(["-p", r"a\nb", *words])[0]).prompt
+
+    assert prompt() == prompt("-e") == f"{SENTENCE}\nUSER:a\nb\nASSISTANT:"
+    assert prompt("--no-escape") == f"{SENTENCE}\nUSER:a\\nb\nASSISTANT:"
 
 
 def test_the_context_is_a_limit(models: Path, photo: Path, cli: Cli) -> None:
@@ -357,6 +355,7 @@ def test_errors_are_two_lines(models: Path, photo: Path, tmp_path: Path, cli: Cl
     refused(cli("-m", tmp_path / "lm.gguf", "-p", "Hi"), "no model named")
     refused(cli("-m", path, "--mmproj", tmp_path / "mm.gguf", "-p", "Hi"), "no model named")
     refused(cli("-m", path, "--image", tmp_path / "x.png"), "no image")
+    refused(cli("-m", path, "--image", ""), "no image ''")
     refused(cli("-m", path, "--image", path), "not a picture")
     refused(cli("-m", path, "-p", "<image> <image>", "--image", photo), "2 <image> marks", "1 images")
     refused(cli("-m", path, "-p", "<image>", "--image", photo, "--chat-template", "vicuna"), "<image>")

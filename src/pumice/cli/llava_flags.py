@@ -1,8 +1,8 @@
 """The flags of llama-llava-cli and llama-mtmd-cli: what pumice does with each of them.
 
-Their grammar is not click's: a flag is one whole word, its value is the next word, and `--ctx_size` is `--ctx-size`. So
--n 32, -ngl 99, -nkvo and -nr stand beside each other, and a value may begin with a dash. Names: llama.cpp b11434,
-common/arg.cpp, and examples/llava of 2023 to 2025.
+Their grammar is not click's: a flag is one whole word, its value is the next word, and in a long name an underscore is
+a dash. So -n 32, -ngl 99, -nkvo and -nr stand beside each other, and a value may begin with a dash. Names: llama.cpp
+b11434, common/arg.cpp, and examples/llava of 2023 to 2025.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _seed(text: str) -> int | None:
 
 def _images(text: str) -> tuple[str, ...]:
     """Several with commas between them; a file whose own name holds one is that file."""
-    return (text,) if os.path.isfile(text) else tuple(part for part in text.split(",") if part)
+    return (text,) if os.path.isfile(text) else tuple(text.split(","))
 
 
 HONOURED = (
@@ -139,29 +139,33 @@ INERT = (
     Inert("-b, --batch-size, -ub, --ubatch-size", True, "a prompt is read in one piece"),
     Inert("-tb, --threads-batch", True, "-t counts for prompts too"),
     Inert("-C, --cpu-mask, -Cr, --cpu-range, --cpu-strict, --prio, --poll, --numa", True, "PyTorch places its threads"),
+    Inert("-Cb, --cpu-mask-batch, -Crb, --cpu-range-batch, --cpu-strict-batch", True, "PyTorch places its threads"),
+    Inert("--prio-batch, --poll-batch", True, "PyTorch places its threads"),
     Inert("--mlock, --mmap, --no-mmap, -dio, --direct-io", False, "weights are mapped from their file"),
-    Inert("--load-mode", True, "weights are mapped from their file"),
+    Inert("-lm, --load-mode", True, "weights are mapped from their file"),
     Inert("--repack, -nr, --no-repack, --check-tensors", False, "weights stay as the file has them"),
     Inert("-fa, --flash-attn", False, "attention is PyTorch's", maybe=True),
     Inert("-ctk, --cache-type-k, -ctv, --cache-type-v", True, "keys and values have the type of the computation"),
     Inert("-nkvo, --no-kv-offload, -kvo, --kv-offload", False, "keys and values lie where the model is"),
-    Inert("--keep, -dt, --defrag-thold", True, "one question is asked, in one context"),
+    Inert("--keep, -dt, --defrag-thold, -np, --parallel", True, "one question is asked, in one context"),
     Inert("--context-shift, --no-context-shift, --swa-full", False, "one question is asked, in one context"),
     Inert("-sm, --split-mode, -ts, --tensor-split, -mg, --main-gpu, -dev, --device", True, "one device has it all"),
-    Inert("-ot, --override-tensor, -ncmoe, --n-cpu-moe", True, "one device has it all"),
+    Inert("-ot, --override-tensor, -ncmoe, --n-cpu-moe, -mmdev, --mmproj-device", True, "one device has it all"),
     Inert("--mmproj-offload, --no-mmproj-offload, -cmoe, --cpu-moe", False, "one device has it all"),
+    Inert("--op-offload, --no-op-offload, --no-host", False, "one device has it all"),
+    Inert("-fit, --fit", False, "one device has it all", maybe=True),
+    Inert("-fitt, --fit-target, -fitc, --fit-ctx", True, "one device has it all"),
     Inert("--warmup, --no-warmup", False, "there is no warm-up"),
     Inert("--jinja, --no-jinja", False, "chat templates of a file are never run"),
     Inert("--image-min-tokens, --image-max-tokens", True, "LLaVA's images have the size that the model fixes"),
     Inert("--log-disable, --log-timestamps, --log-prefix, -v, --verbose, --log-verbose", False, "there is no log"),
+    Inert("--no-log-timestamps, --no-log-prefix", False, "there is no log"),
     Inert("--log-file, -lv, --verbosity, --log-verbosity", True, "there is no log"),
     Inert("--perf, --no-perf, --verbose-prompt, --display-prompt, --no-display-prompt", False, "output is fixed"),
     Inert("-co, --color, --log-colors", False, "output is fixed", maybe=True),
     Inert("--simple-io, -no-cnv, --no-conversation", False, "one question is asked, and no more is read"),
     Inert("--offline", False, "pumice never goes online"),
 )
-_WEIGHTS = "pumice computes what the model's files say"
-_DRAWING = "pumice does not draw tokens that way"
 REFUSED = (
     Refused(
         "-hf, -hfr, --hf-repo, -hff, --hf-file, -hft, --hf-token, -mu, --model-url, -mmu, --mmproj-url, -dr, "
@@ -172,18 +176,18 @@ REFUSED = (
     Refused("--audio, --video", "LLaVA looks at pictures only", "leave it out, or give pictures with --image"),
     Refused(
         "--samplers, --sampler-seq, --sampling-seq, --repeat-last-n, --presence-penalty, --frequency-penalty, "
-        "--typical, --typical-p, --top-nsigma, --xtc-probability, --xtc-threshold, --mirostat, --mirostat-lr, "
-        "--mirostat-ent, --dynatemp-range, --dynatemp-exp, --dry-multiplier, --dry-base, --dry-allowed-length, "
+        "--typical, --typical-p, --top-nsigma, --top-n-sigma, --xtc-probability, --xtc-threshold, --mirostat, "
+        "--mirostat-lr, --mirostat-ent, --dynatemp-range, --dynatemp-exp, --dry-multiplier, --dry-base, --dry-allowed-length, "
         "--dry-penalty-last-n, --dry-sequence-breaker, -l, --logit-bias, --ignore-eos, --grammar, --grammar-file, "
-        "-j, --json-schema",
-        _DRAWING,
+        "-j, --json-schema, -jf, --json-schema-file",
+        "pumice does not draw tokens that way",
         "leave it out; it draws with --temp, --top-k, --top-p, --min-p, --repeat-penalty and -s",
     ),
     Refused(
         "--lora, --lora-scaled, --control-vector, --control-vector-scaled, --override-kv, --rope-scaling, "
         "--rope-scale, --rope-freq-base, --rope-freq-scale, --yarn-orig-ctx, --yarn-ext-factor, --yarn-attn-factor, "
         "--yarn-beta-slow, --yarn-beta-fast, -gan, --grp-attn-n, -gaw, --grp-attn-w",
-        _WEIGHTS,
+        "pumice computes what the model's files say",
         "leave it out, or give a model that was made so",
     ),
     Refused(
@@ -191,6 +195,7 @@ REFUSED = (
         "the whole prompt is written in -p",
         "write it into -p, with <image> where the image goes",
     ),
+    Refused("--no-mmproj", "the projector beside a model is part of it", "ask without --image"),
     Refused("-f, --file, -bf, --binary-file", "the prompt is a word", 'give -p "$(cat FILE)"'),
     Refused("-cnv, --conversation, -i, --interactive", "one question is answered here", "chat with `pumice run MODEL`"),
 )
