@@ -120,6 +120,17 @@ def test_the_answer_is_transformers(family: str, models: Path, photo: Path, cli:
     assert done.out == expected + "\n"
 
 
+def test_a_models_own_format_written_out(cli: Cli) -> None:
+    """The README of llama-llava-cli does it so for the 34B model; here a trained model, whose words show the prompt."""
+    star = Path(__file__).parent.parent / "docs" / "images" / "star.png"
+    prompt = (
+        r"<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nWhat colour is it?<|im_end|>"
+        r"<|im_start|>assistant\n"
+    )
+    done = cli("-m", "pebble", "--image", star, "-e", "-p", prompt, *SHORT)
+    assert done.out == pumice.load("pebble").ask("What colour is it?", star).text + "\n"
+
+
 def test_printed_lines(models: Path, photo: Path, cli: Cli) -> None:
     """The forms that scripts look for, and nothing but the answer on stdout."""
     number, per_second = r"\s*\d+\.\d\d", r"\s*\d+\.\d\d ms per token,\s*\d+\.\d\d tokens per second"
