@@ -178,8 +178,8 @@ REFUSED = (
         "--samplers, --sampler-seq, --sampling-seq, --repeat-last-n, --presence-penalty, --frequency-penalty, "
         "--typical, --typical-p, --top-nsigma, --top-n-sigma, --xtc-probability, --xtc-threshold, --mirostat, "
         "--mirostat-lr, --mirostat-ent, --dynatemp-range, --dynatemp-exp, --dry-multiplier, --dry-base, "
-        "--dry-allowed-length, --dry-penalty-last-n, --dry-sequence-breaker, -l, --logit-bias, --ignore-eos, --grammar, "
-        "--grammar-file, -j, --json-schema, -jf, --json-schema-file",
+        "--dry-allowed-length, --dry-penalty-last-n, --dry-sequence-breaker, -l, --logit-bias, --ignore-eos, "
+        "--grammar, --grammar-file, -j, --json-schema, -jf, --json-schema-file",
         "pumice does not draw tokens that way",
         "leave it out; it draws with --temp, --top-k, --top-p, --min-p, --repeat-penalty and -s",
     ),
