@@ -340,6 +340,13 @@ def test_escapes_are_read_unless_told_not_to() -> None:
     assert prompt("--no-escape") == f"{SENTENCE}\nUSER:a\\nb\nASSISTANT:"
 
 
+def test_the_texts_that_end_an_answer() -> None:
+    """Those of llama-llava-cli under its rule, a template's own under a template."""
+    literal, by_template = (question(read_flags(["-p", "Hi", *words])[0]) for words in ([], ["--chat-template", "v1"]))
+    assert literal.sampling.stop == ("</s>", "###", "<|im_end|>", "<|im_start|>", "USER:")
+    assert (by_template.sampling.stop, by_template.raw) == ((), False)
+
+
 def test_the_context_is_a_limit(models: Path, photo: Path, cli: Cli) -> None:
     words = ["-m", models / "1.6" / "lm.gguf", "--image", photo, "-p", "Hi", "--temp", "0"]
     prompt = pumice.load(models / "1.6" / "lm.gguf", template="plain").see(
