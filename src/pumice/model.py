@@ -161,9 +161,9 @@ class Model(Prompter):
         run = Run(self.network, [Request(ids, self._features(seen), sampling)])
         return [step.token for step in itertools.chain.from_iterable(iter(run.step, []))]
 
-    def _open(self, question: Question) -> _Opened:
+    def _open(self, question: Question, seen: Seen | None = None) -> _Opened:
         started = time.perf_counter()
-        seen = self.see(question)
+        seen = seen or self.see(question)
         request = Request(seen.encoded.ids, self._features(seen.images), question.sampling)
         stops = (*question.sampling.stop, *([] if question.raw else prompt.TEMPLATES[self.config.template].stop))
         return _Opened(self.tokenizer, request, seen, stops, time.perf_counter() - started)
@@ -228,10 +228,13 @@ class _Opened:
 
 
 class Stream:
-    """An answer that is coming: iterate over its pieces; `answer` is the whole, finished first if it must be."""
+    """An answer that is coming: iterate over its pieces; `answer` is the whole, finished first if it must be.
 
-    def __init__(self, model: Model, question: Question) -> None:
-        self._opened = model._open(question)
+    `seen` is what `see` gave for the question, where that was asked before.
+    """
+
+    def __init__(self, model: Model, question: Question, seen: Seen | None = None) -> None:
+        self._opened = model._open(question, seen)
         self._pieces = self._run(model)
 
     def __iter__(self) -> Iterator[str]:
@@ -362,6 +365,11 @@ def load_from(
     checkpoint = source.checkpoint()
     network = _network(checkpoint.tensors, checkpoint.config, _dtype(dtype), _device(device))
     return Model(str(source.name), checkpoint.config, checkpoint.tokenizer, network)
+
+
+def use_threads(count: int) -> None:
+    """Compute with so many threads on the CPU, in this whole process."""
+    torch.set_num_threads(count)
 
 
 def _network(

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pumice.cli import look, run
+from pumice.cli import llava_cli, llava_flags, look, run
 from pumice.cli.terminal import prepare_streams, print_error
 from pumice.errors import UserError
 
@@ -49,6 +49,15 @@ app.command("run")(guarded(run.run))
 app.command("show")(guarded(look.show))
 app.command("prompt")(guarded(look.prompt))
 app.command("list")(guarded(look.list_models))
+app.command(
+    "llava-cli",
+    help=llava_flags.help_text(),
+    options_metavar="-m FILE [FLAGS]",
+    add_help_option=False,
+    no_args_is_help=True,
+    # Not click's grammar: all words go to `llava_flags.read_flags` as they came.
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False},
+)(guarded(llava_cli.llava_cli))
 
 
 @app.callback(invoke_without_command=True)
