@@ -61,7 +61,7 @@ def _language_model(found: checkpoints.Checkpoint, folder: Path, path: Path, qua
     writer.add_head_count(text.heads)
     writer.add_head_count_kv(text.kv_heads)
     writer.add_layer_norm_rms_eps(text.norm_eps)
-    writer.add_rope_freq_base(text.rope_theta)
+    writer.add_rope_freq_base(text.rotary.theta)
     _vocabulary(writer, found, json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
     kind = gguf.GGMLQuantizationType[quant]
     for name in found.tensors.names():

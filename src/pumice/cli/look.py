@@ -71,7 +71,7 @@ def described(checkpoint: Checkpoint) -> dict[str, object]:
         "language_model": f"{text.layers} layers, width {text.width}, {text.heads} heads over {text.kv_heads}",
         "vocabulary": text.vocab,
         "positions": text.max_positions,
-        "rope_theta": text.rope_theta,
+        "rope_theta": text.rotary.theta,
         "template": config.template,
         "end_tokens": " ".join(checkpoint.tokenizer.token_of(token) for token in config.stop_ids),
         "parameters": sum(parameters.values()),
