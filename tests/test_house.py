@@ -16,8 +16,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 ROWS = {
     "errors": 0,
-    "config": 1, "image": 1, "picture": 1, "prompt": 1, "tokenizer": 1, "decoding": 1, "sentencepiece": 1,
-    "special_tokens": 1,
+    "config": 1, "image": 1, "picture": 1, "prompt": 1, "chat_template": 1, "tokenizer": 1, "decoding": 1,
+    "sentencepiece": 1, "special_tokens": 1,
     "ops": 2, "quant": 2, "packing": 2,
     "network": 3, "checkpoints": 3, "store": 3,
     "engine": 4,
@@ -43,6 +43,7 @@ WITHOUT_TORCH = {
     "image",
     "picture",
     "prompt",
+    "chat_template",
     "tokenizer",
     "decoding",
     "sentencepiece",

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pumice import prompt
+from pumice.chat_template import template_for
 from pumice.checkpoints.form import expected_tensors
 from pumice.checkpoints.sidefiles import TEMPLATE_KEY, chat_template
 from pumice.checkpoints.tensors import listed
@@ -298,6 +299,6 @@ def _copy_tokenizer(folder: Path, tokenizer_files: Path, template: str) -> None:
         if (tokenizer_files / name).is_file():
             shutil.copyfile(tokenizer_files / name, folder / name)
     text = chat_template(tokenizer_files)
-    if text is not None and prompt.template_for(text) == template:
+    if text is not None and template_for(text) == template:
         content = json.dumps({"chat_template": text}, indent=2) + "\n"
         (folder / "chat_template.json").write_text(content, encoding="utf-8")
