@@ -1,4 +1,4 @@
-"""Which prompt template a checkpoint's chat template stands for. The Jinja text is compared with known ones, never run."""
+"""Which prompt template a checkpoint's chat template stands for: the text is compared with known ones, never run."""
 
 from __future__ import annotations
 
