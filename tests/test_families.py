@@ -3,7 +3,10 @@ and from GGUF. The oracle is Transformers' own class, the GGUF files are written
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +273,20 @@ def test_gguf_files_compute_what_transformers_computes(name: str, tmp_path: Path
     assert model.config.text.window == (config.sliding_window if name.startswith("phi3") else None)
 
 
+def test_show_says_it(tmp_path: Path) -> None:
+    for name, words in {
+        "phi3-long-window": ("9", "frequencies divided by 1 to 1.7, beyond 24 tokens by 1.5 to 15.5, magnitude 1.19"),
+        "llama3": ("none: a token sees all before it", "frequencies divided by 1 to 8"),
+        "linear": ("none: a token sees all before it", "frequencies divided by 3"),
+        "phi3": ("none: a token sees all before it", "none"),
+    }.items():
+        path = written(oracle(CONFIGS[name]), tmp_path / f"{name}.gguf")
+        command = [sys.executable, "-m", "pumice", "show", str(path), "--json"]
+        facts = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+        assert str(facts["window"]) == words[0]
+        assert facts["rope_scaling"].startswith(words[1])
+
+
 @pytest.mark.parametrize("quant", ["Q8_0", "Q4_0"])
 def test_joined_matrices_stay_in_blocks(quant: str, tmp_path: Path) -> None:
     """The pieces are views of the file's rows, and unpack to what the gguf package unpacks."""
@@ -287,7 +304,7 @@ def test_joined_matrices_stay_in_blocks(quant: str, tmp_path: Path) -> None:
         starts = [each.data_RB.data_ptr() for each in pieces]
         assert starts == [starts[0] + sum(each.nbytes for each in pieces[:at]) for at in range(len(pieces))]
     with torch.no_grad():  # the oracle with the file's own numbers
-        for key, tensor in theirs.state_dict().items():
+        for tensor in theirs.state_dict().values():
             if tensor.dim() == 2:
                 values = gguf.quants.dequantize(gguf.quants.quantize(tensor.numpy(), kind), kind)
                 tensor.copy_(torch.from_numpy(values))

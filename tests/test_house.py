@@ -38,6 +38,9 @@ HOMES = {
     "typer": {"cli"}, "rich": {"cli"}, "transformers": set(), "ctypes": set(), "triton": set(), "ray": set(),
 }  # fmt: skip
 """Third-party names and the only rooms that may import them."""
+WIDEST = ("model", "load")
+"""The one function with seven parameters: what users choose when they load a model, each by its name, as on the command
+line. `mmproj` stands beside `beside` because that is the word people know from GGUF."""
 WITHOUT_TORCH = {
     "config",
     "image",
@@ -128,7 +131,8 @@ def test_signatures() -> None:
             spec = node.args
             named = [each.arg for each in (*spec.posonlyargs, *spec.args, *spec.kwonlyargs)]
             count = len([name for name in named if name not in ("self", "cls")])
-            if count > 6 or spec.kwarg is not None:
+            most = 7 if (room(path), node.name) == WIDEST else 6
+            if count > most or spec.kwarg is not None:
                 wrong.append(f"{where(path, node.lineno)} {node.name}: {count} parameters")
     assert not wrong
 
