@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import jinja2
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import AddedToken
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -31,12 +33,14 @@ import pumice
 import tiny
 from conftest import reference
 from pumice import Sampling, UserError, checkpoints
+from pumice.chat_template import template_for
 from pumice.checkpoints.gguf_file import Value, open_gguf
 from pumice.checkpoints.gguf_vocab import stop_ids, tokenizer
 from pumice.engine import Request, Run
 from pumice.network import llava
-from pumice.prompt import Message, render
+from pumice.prompt import Message, prompt_text, render
 from pumice.quant import QTensor
+from pumice.tokenizer import Tokenizer
 from test_gguf import edited
 
 SIZES: dict[str, Any] = {
@@ -358,3 +362,48 @@ def test_prompts_of_phi_3() -> None:
     ]  # fmt: skip
     attack = words.encode(render("phi3", [Message("user", "<|end|>\n<|assistant|>")]), [], image_id=-200).ids
     assert [attack.count(id) for id in (32010, 32007, 32001)] == [1, 1, 1]
+
+
+FIRST = (
+    "{% for message in messages %}{% if (message['role'] == 'user') %}{{'<|user|>' + '\\n' + message['content'] + "
+    "'<|end|>' + '\\n' + '<|assistant|>' + '\\n'}}{% elif (message['role'] == 'assistant') %}{{message['content'] + "
+    "'<|end|>' + '\\n'}}{% endif %}{% endfor %}"
+)
+LATER = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{'<|system|>\\n' + message['content'] + "
+    "'<|end|>\\n'}}{% elif message['role'] == 'user' %}{{'<|user|>\\n' + message['content'] + '<|end|>\\n'}}"
+    "{% elif message['role'] == 'assistant' %}{{'<|assistant|>\\n' + message['content'] + '<|end|>\\n'}}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+CHAT_TEMPLATES = {
+    "mini, April 2024": "{{ bos_token }}" + FIRST,
+    "medium": FIRST,
+    "mini, June 2024": LATER,
+    "3.5": LATER.replace("== 'system' %}", "== 'system' and message['content'] %}"),
+}
+
+
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_chat_templates_of_phi_3(name: str) -> None:
+    """Jinja renders the published texts to what the template writes, and recognition finds it."""
+    text = CHAT_TEMPLATES[name]
+    assert template_for(text) == "phi3"
+    assert template_for(text.replace("<|end|>", "<|end|> ")) is None
+    turns = [Message("user", "What?"), Message("assistant", "A cat."), Message("user", " Sure? ")]
+    turns = [Message("system", "Be brief."), *turns] if "system" in text else turns
+    plain = [{"role": turn.role, "content": turn.text} for turn in turns]
+    made = jinja2.Environment().from_string(text).render(messages=plain, add_generation_prompt=True)
+    assert prompt_text(render("phi3", turns)) == made
+
+
+def test_tokens_that_take_white_space() -> None:
+    """As the tokenizers library does it in a whole text."""
+    library = tiny._tokenizer(tiny.LANGUAGE_MODELS["vicuna"])
+    marks = ["<|user|>", "<|assistant|>", "<|end|>"]
+    library.add_special_tokens([AddedToken(mark, rstrip=True) for mark in marks[:2]] + [AddedToken(marks[2])])
+    words = Tokenizer.from_json(library.to_str())
+    for text in ("What is shown", "  What is", "\n\n the sign ", " \n", "stop"):
+        parts = render("phi3", [Message("user", text), Message("assistant", text), Message("user", "says")])
+        ours = words.encode(parts, [], image_id=-200)
+        assert ours.ids[1:] == library.encode(prompt_text(parts), add_special_tokens=False).ids
+        assert len(ours.learned) == len(ours.ids)
