@@ -16,8 +16,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 ROWS = {
     "errors": 0,
-    "config": 1, "image": 1, "picture": 1, "prompt": 1, "tokenizer": 1, "decoding": 1, "sentencepiece": 1,
-    "special_tokens": 1,
+    "config": 1, "image": 1, "picture": 1, "prompt": 1, "chat_template": 1, "tokenizer": 1, "decoding": 1,
+    "sentencepiece": 1, "special_tokens": 1,
     "ops": 2, "quant": 2, "packing": 2,
     "network": 3, "checkpoints": 3, "store": 3,
     "engine": 4,
@@ -38,11 +38,15 @@ HOMES = {
     "typer": {"cli"}, "rich": {"cli"}, "transformers": set(), "ctypes": set(), "triton": set(), "ray": set(),
 }  # fmt: skip
 """Third-party names and the only rooms that may import them."""
+WIDEST = ("model", "load")
+"""The one function with seven parameters: what users choose when they load a model, each by its name, as on the command
+line. `mmproj` stands beside `beside` because that is the word people know from GGUF."""
 WITHOUT_TORCH = {
     "config",
     "image",
     "picture",
     "prompt",
+    "chat_template",
     "tokenizer",
     "decoding",
     "sentencepiece",
@@ -127,7 +131,8 @@ def test_signatures() -> None:
             spec = node.args
             named = [each.arg for each in (*spec.posonlyargs, *spec.args, *spec.kwonlyargs)]
             count = len([name for name in named if name not in ("self", "cls")])
-            if count > 6 or spec.kwarg is not None:
+            most = 7 if (room(path), node.name) == WIDEST else 6
+            if count > most or spec.kwarg is not None:
                 wrong.append(f"{where(path, node.lineno)} {node.name}: {count} parameters")
     assert not wrong
 

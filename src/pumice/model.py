@@ -345,17 +345,20 @@ def load(
     device: str | torch.device | None = None,
     template: str | None = None,
     preprocess: Literal["hf", "original"] | None = None,
+    mmproj: str | Path | None = None,
     beside: str | Path | Sequence[str | Path] = (),
 ) -> Model:
     """A model, ready to be asked.
 
-    dtype: float32, bfloat16 or float16; None keeps the checkpoint's. device: None takes a GPU when there is one. The
-    others are those of `Source`.
+    dtype: float32, bfloat16 or float16; None keeps the checkpoint's. device: None takes a GPU when there is one.
+    mmproj: the projector file of a GGUF, where it is not the only one in the same folder; a name for what may also
+    stand in `beside`. The others are those of `Source`.
 
     Raises UserError: no such model, files damaged or incomplete, an architecture that pumice does not have.
     """
-    folders = (beside,) if isinstance(beside, str | Path) else tuple(beside)
-    return load_from(Source(name, template, preprocess, folders), dtype=dtype, device=device)
+    others = (beside,) if isinstance(beside, str | Path) else tuple(beside)
+    others = others if mmproj is None else (*others, mmproj)
+    return load_from(Source(name, template, preprocess, others), dtype=dtype, device=device)
 
 
 def load_from(

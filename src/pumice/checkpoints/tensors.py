@@ -7,7 +7,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,18 @@ class Entry:
         """The values as plain numbers, unpacked where the file holds blocks."""
         values = self.load()
         return values.dense() if isinstance(values, QTensor) else values
+
+    def rows(self, start: int, stop: int | None) -> Entry:
+        """Some rows of a matrix: a view of its values, of blocks too."""
+
+        def load() -> Tensor | QTensor:
+            values = self.load()
+            if isinstance(values, QTensor):
+                return QTensor(values.data_RB[start:stop], values.format, values.dtype)
+            return values[start:stop]
+
+        count = len(range(self.shape[0])[start:stop])
+        return replace(self, shape=(count, *self.shape[1:]), load=load)
 
     @property
     def nbytes(self) -> int:

@@ -19,7 +19,7 @@ from pumice.errors import UserError
 
 if TYPE_CHECKING:
     from pumice.checkpoints import Checkpoint
-    from pumice.config import LlavaConfig
+    from pumice.config import LlavaConfig, Rotary
     from pumice.image import ImageLike, Prepared
     from pumice.question import Prompter, Seen
 
@@ -71,7 +71,9 @@ def described(checkpoint: Checkpoint) -> dict[str, object]:
         "language_model": f"{text.layers} layers, width {text.width}, {text.heads} heads over {text.kv_heads}",
         "vocabulary": text.vocab,
         "positions": text.max_positions,
-        "rope_theta": text.rope_theta,
+        "window": text.window or "none: a token sees all before it",
+        "rope_theta": text.rotary.theta,
+        "rope_scaling": _scaling(text.rotary),
         "template": config.template,
         "end_tokens": " ".join(checkpoint.tokenizer.token_of(token) for token in config.stop_ids),
         "parameters": sum(parameters.values()),
@@ -80,6 +82,17 @@ def described(checkpoint: Checkpoint) -> dict[str, object]:
         "kv_bytes_per_1000_tokens": kv_bytes * 1000,
     }
     return facts | _image_cost(config, kv_bytes)
+
+
+def _scaling(rotary: Rotary) -> str:
+    said = [f"frequencies divided by {_range(rotary.divisors)}"] if rotary.divisors else []
+    said += [f"beyond {rotary.switch} tokens by {_range(rotary.long_divisors)}"] if rotary.long_divisors else []
+    said += [f"magnitude {rotary.magnitude:g}"] if rotary.magnitude != 1 else []
+    return ", ".join(said) or "none"
+
+
+def _range(divisors: tuple[float, ...]) -> str:
+    return " to ".join(f"{each:g}" for each in sorted({min(divisors), max(divisors)}))
 
 
 def _image_cost(config: LlavaConfig, kv_bytes: int) -> dict[str, object]:

@@ -7,9 +7,10 @@ published weights; rotary channels are in Transformers' half-split order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from pumice import ops
@@ -38,6 +39,20 @@ class Batch:
     mask_BTS: Tensor | None = None
     causal: bool = True
     cache: KeysValues | None = None
+
+
+def windowed(batch: Batch, window: int | None) -> Batch:
+    """The batch with a mask that hides what lies `window` positions or more before a query, once any row is that long.
+
+    The key of position s stands at place s, in a cache and in a pass without one.
+    """
+    longest = 0 if window is None else int(batch.positions_BT.max()) + 1
+    if window is None or longest <= window:
+        return batch
+    distance_BTS = batch.positions_BT[..., None] - torch.arange(longest, device=batch.positions_BT.device)
+    near_BTS = (distance_BTS >= 0) & (distance_BTS < window)
+    mask_BTS = near_BTS if batch.mask_BTS is None else near_BTS & batch.mask_BTS
+    return replace(batch, mask_BTS=mask_BTS, causal=False)
 
 
 class Attention(nn.Module):
@@ -98,7 +113,8 @@ class LanguageModel(nn.Module):
 
     def forward(self, x_BTD: Tensor, batch: Batch) -> Tensor:
         """Hidden states after the final norm, (B, T, D), from embeddings of the same shape."""
-        cos_BTE, sin_BTE = ops.rotary(batch.positions_BT, self.config.head_width, self.config.rope_theta)
+        cos_BTE, sin_BTE = ops.rotary(batch.positions_BT, self.config.head_width, self.config.rotary)
+        batch = windowed(batch, self.config.window)
         turn = (cos_BTE.to(x_BTD.dtype), sin_BTE.to(x_BTD.dtype))
         for block in self.layers:
             x_BTD = block(x_BTD, turn, batch)
