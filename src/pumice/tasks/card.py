@@ -55,7 +55,8 @@ class Build:
 
     def __str__(self) -> str:
         tower = f"tower {self.tower}; " if self.tower else ""
-        return f"{self.name} ({self.format}; {tower}language model {self.language_model}; {self.nbytes / 1e9:.2f} GB)"
+        size = f"{self.nbytes / 1e9:.2f} GB" if self.nbytes >= 1e9 else f"{self.nbytes / 1e6:.2f} MB"
+        return f"{self.name} ({self.format}; {tower}language model {self.language_model}; {size})"
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,10 @@ class Features:
 
     def rows(self) -> list[Row]:
         worst = max(range(len(self.by_tile)), key=self.by_tile.__getitem__)
-        place = f"tile {worst}" if worst else "the base view"
+        place = f"tile {worst}" if worst else "base view"
         return [
             _row("tower", "relative L2", self.relative_l2, "relative L2"),
-            _row("tower", f"relative L2, worst place: {place}", self.by_tile[worst], "relative L2"),
+            _row("tower", f"relative L2, worst: {place}", self.by_tile[worst], "relative L2"),
             _row("tower", "cosine, mean", self.cosine_mean, "cosine", best=1, exact=self.relative_l2),
             _row("tower", "cosine, least", self.cosine_min, "cosine", best=1, exact=self.relative_l2),
             _row("tower", "largest difference", self.largest, "largest feature"),
@@ -154,6 +155,15 @@ class Card:
         prompts = _count("prompts", self.same_prompts, self.questions)
         return [prompts, *eyes, *tower, *self.language_model.rows("language model"), *self.whole.rows("whole")]
 
+    @property
+    def summary(self) -> str:
+        """The whole in one line."""
+        whole = self.whole
+        return (
+            f"against {self.reference.name} ({self.reference.language_model}): KL divergence {whole.kl_mean:.4g}, "
+            f"{whole.agreement:.2%} same best tokens at {self.places} places"
+        )
+
     def to_json(self) -> str:
         """One line of ASCII, shorter than CARD_BYTES."""
         return json.dumps(dataclasses.asdict(self), allow_nan=False)
@@ -186,9 +196,9 @@ class Bounds:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, most = self.__dict__[field.name], math.inf if field.name == "max_kl" else 1.0
+            value, most = self.__dict__[field.name], math.inf if field.name == "max_kl" else 1
             if value is not None and not 0 <= value <= most:
-                raise UserError(f"{field.name} is {value}", hint=f"give a number from 0 to {most}")
+                raise UserError(f"{field.name} is {value}", hint=f"give a number from 0 {'up' if most > 1 else 'to 1'}")
 
     def broken(self, card: Card) -> list[str]:
         """Which bounds the card does not meet, in words."""
