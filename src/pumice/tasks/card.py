@@ -220,7 +220,7 @@ def _row(part: str, figure: str, value: float, steps: str, *, best: float = 0, e
         return Row(part, figure, f"{value:g}", WORDS[0])
     # Six digits beyond a leading 0.99999, so that a figure never looks better than it is.
     text = f"{value:.8f}".rstrip("0").rstrip(".") if best else f"{value:.4g}"
-    return Row(part, figure, text, WORDS[1 + bisect_left(_STEPS[steps], off)])
+    return Row(part, figure, text, WORDS[1 + bisect_left(_STEPS[steps], round(off, 12))])
 
 
 def _count(part: str, equal: int, total: int) -> Row:
