@@ -219,7 +219,7 @@ def test_other_canvases_are_seen_in_the_prompts(folder: Path, tmp_path: Path) ->
     assert found["pixels"] == {"different", "other tiles"}
     assert card.pixels is not None
     assert 0 <= card.pixels.equal < 3
-    assert card.same_prompts == 3 + card.pixels.equal
+    assert 3 <= card.same_prompts < 6  # another grid may have as many tokens
     assert card.whole.kl_max > 0
 
 
@@ -371,10 +371,19 @@ def test_values_of_own_pictures(folder: Path, tmp_path: Path) -> None:
 def test_values_of_another_model_are_refused(values: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="different vocabularies"):
         pumice.verify(tiny.hf_folder(tmp_path / "yi", lm="yi"), values)
-    with pytest.raises(UserError, match="cannot be written"):
-        pumice.save_values("pebble:1.5", tmp_path / "no" / "v.safetensors")
-    with pytest.raises(UserError, match=r"does not end in \.safetensors"):
-        pumice.save_values("pebble:1.5", tmp_path / "v.npz")
+
+
+def test_where_values_are_not_written(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before the model runs; a file that is there, such as the model's own weights, stays."""
+    monkeypatch.setattr(task, "measured", None)
+    weights = shutil.copytree(folder, tmp_path / "copy") / "model.safetensors"
+    for path, says in (
+        (weights, "is there already"),
+        (tmp_path / "v.npz", r"does not end in \.safetensors"),
+        (tmp_path / "no" / "v.safetensors", "there is no folder"),
+    ):
+        with pytest.raises(UserError, match=says):
+            pumice.save_values(folder, path)
 
 
 def facts_of(tensors: dict[str, torch.Tensor], change: Callable[[dict[str, Any]], object]) -> None:
@@ -432,6 +441,24 @@ def test_values_cut_short(folder: Path, values: Path, tmp_path: Path) -> None:
     path.write_bytes(b"PK\x03\x04" + data)
     with pytest.raises(UserError, match="not a whole safetensors file"):
         pumice.verify(folder, path)
+
+
+def test_bytes_at_random(values: Path, tmp_path: Path) -> None:
+    """What is damaged is refused or, where only numbers changed, read; no other error."""
+    data, random, path = values.read_bytes(), np.random.default_rng(4), tmp_path / "bad.safetensors"
+    start = data.index(b'"pumice": ')
+    refusals = 0
+    for number in range(400):
+        bad = bytearray(data)
+        end = 3000 if number % 2 else start + 1200
+        for place in random.integers(0 if number % 2 else start, end, 1 + number % 3):
+            bad[place] = random.integers(256)
+        path.write_bytes(bad)
+        try:
+            read_values(path)
+        except UserError:
+            refusals += 1
+    assert refusals > 200
 
 
 def test_a_file_and_its_values(values: Path, folder: Path) -> None:

@@ -32,10 +32,14 @@ def read_card(path: Path) -> str | None:
 
 def check_room(path: Path) -> None:
     """Would `write_card` find room in this file? Raises UserError when not."""
-    if not is_gguf(path):
+    with reading(path):
+        kept_by_file = is_gguf(path)
+    if not kept_by_file:
         raise UserError(
             f"{path} is no GGUF file, so it cannot keep a card", hint="print the card with --json and keep that"
         )
+    if not os.access(path, os.W_OK):
+        raise UserError(f"{path} may not be written", hint="check who may write it")
     room = _room(path)
     if room is None or len(room[1]) < CARD_BYTES:
         raise UserError(

@@ -120,8 +120,6 @@ class Values:
 
     def save(self, path: Path) -> None:
         """Raises UserError when the file cannot be written."""
-        if path.suffix != SUFFIX:
-            raise UserError(f"{path} does not end in {SUFFIX}", hint=f"name the file values{SUFFIX}")
         facts = {
             "pumice": importlib.metadata.version("pumice"),
             "subject": dataclasses.asdict(self.subject),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -74,11 +75,19 @@ def save_values(
 ) -> None:
     """Write what a build computes as reference values, which `verify` takes in its place.
 
-    Raises UserError: what `load` raises, and a file that cannot be written.
+    path: a new file that ends in `.safetensors`. The other arguments are those of `verify`.
+
+    Raises UserError: what `load` raises, and a file that is there already or cannot be written.
     """
-    source = _source(model)
+    source, path = _source(model), Path(path)
+    if path.suffix != SUFFIX:
+        raise UserError(f"{path} does not end in {SUFFIX}", hint=f"name the file values{SUFFIX}")
+    if path.exists():
+        raise UserError(f"{path} is there already", hint="name a new file, or remove that one")
+    if not path.parent.is_dir():
+        raise UserError(f"there is no folder {path.parent}", hint="make it first")
     asked = probes(images, eyes=Subject.of(source).tile_px > 0)
-    measured(source, asked, dtype=dtype, device=device).save(Path(path))
+    measured(source, asked, dtype=dtype, device=device).save(path)
 
 
 def _source(model: str | Path | Source) -> Source:
@@ -99,8 +108,8 @@ def _values_beside(source: Source) -> Path:
 def _values(
     reference: Source, subject: Subject, asked: Sequence[Probe], dtype: str | None, device: str | None
 ) -> Values:
-    path = Path(reference.name)
-    if path.suffix != SUFFIX or not path.is_file():
+    path = Path(os.path.expanduser(reference.name))
+    if path.suffix != SUFFIX or not os.path.isfile(path):
         subject.check(Subject.of(reference))
         return measured(reference, asked, dtype=dtype, device=device)
     values = read_values(path)
