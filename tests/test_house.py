@@ -22,7 +22,7 @@ ROWS = {
     "network": 3, "checkpoints": 3, "store": 3,
     "engine": 4,
     "question": 5, "model": 5,
-    "train": 6,
+    "train": 6, "tasks": 6,
     "cli": 7,
 }  # fmt: skip
 WITHIN_A_ROW = {
@@ -162,7 +162,8 @@ def test_public_names() -> None:
     import pumice
 
     assert sorted(pumice.__all__) == [
-        "Answer", "Chat", "Exchange", "Model", "Question", "Sampling", "UserError", "load",
+        "Answer", "Card", "Chat", "Exchange", "Model", "Question", "Sampling", "UserError", "load", "save_values",
+        "verify",
     ]  # fmt: skip
     for name in pumice.__all__:
         assert getattr(pumice, name).__doc__, name

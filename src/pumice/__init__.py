@@ -10,14 +10,31 @@ if TYPE_CHECKING:
     from pumice.errors import UserError
     from pumice.model import Answer, Chat, Model, load
     from pumice.question import Exchange, Question
+    from pumice.tasks.card import Card
+    from pumice.tasks.verify import save_values, verify
 
-__all__ = ["Answer", "Chat", "Exchange", "Model", "Question", "Sampling", "UserError", "load"]
+__all__ = [
+    "Answer",
+    "Card",
+    "Chat",
+    "Exchange",
+    "Model",
+    "Question",
+    "Sampling",
+    "UserError",
+    "load",
+    "save_values",
+    "verify",
+]
 
 _HOMES = {
+    "Card": "pumice.tasks.card",
     "Exchange": "pumice.question",
     "Question": "pumice.question",
     "Sampling": "pumice.engine.sampling",
     "UserError": "pumice.errors",
+    "save_values": "pumice.tasks.verify",
+    "verify": "pumice.tasks.verify",
 }
 
 

@@ -158,23 +158,35 @@ class Model(Prompter):
                 f"the prompt holds {given} image tokens, the {len(seen)} images have {expected}",
                 hint="repeat the image token once for each token of each image, as `see` does",
             )
-        run = Run(self.network, [Request(ids, self._features(seen), sampling)])
+        run = Run(self.network, [Request(ids, self.features(seen), sampling)])
         return [step.token for step in itertools.chain.from_iterable(iter(run.step, []))]
 
     def _open(self, question: Question, seen: Seen | None = None) -> _Opened:
         started = time.perf_counter()
         seen = seen or self.see(question)
-        request = Request(seen.encoded.ids, self._features(seen.images), question.sampling)
+        request = Request(seen.encoded.ids, self.features(seen.images), question.sampling)
         stops = (*question.sampling.stop, *([] if question.raw else prompt.TEMPLATES[self.config.template].stop))
         return _Opened(self.tokenizer, request, seen, stops, time.perf_counter() - started)
 
-    def _features(self, images: Sequence[Prepared]) -> list[torch.Tensor]:
+    def features(self, images: Sequence[Prepared]) -> list[torch.Tensor]:
+        """What the language model gets of each image: (tokens, width), row ends included."""
         if not images:
             return []
         like = self.network.like
         with torch.inference_mode():
             pixels = torch.cat([torch.from_numpy(each.pixels) for each in images]).to(like.device, like.dtype)
             return self.network.encode(pixels, [each.grid for each in images])
+
+    @torch.inference_mode()
+    def logits(self, ids: Sequence[int], features: Sequence[torch.Tensor], last: int) -> torch.Tensor:
+        """Scores over the vocabulary, (last, vocabulary) in float32, of what follows each of the last ids, by the plain
+        flow: one pass, nothing kept. `features` stand where the ids are the image token.
+
+        Raises UserError for ids that the model does not have, or too many.
+        """
+        self.check_ids(ids)
+        x_1TD = self.network.embed(torch.tensor([list(ids)], device=self.network.like.device), features)
+        return self.network.logits(self.network(x_1TD)[0, -last:]).float()
 
 
 class _Opened:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pumice.cli import llava_cli, llava_flags, look, run
+from pumice.cli import llava_cli, llava_flags, look, run, verify
 from pumice.cli.terminal import prepare_streams, print_error
 from pumice.errors import UserError
 
@@ -43,11 +43,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done, 1 a bug of ours, 2 something given was wrong, 130 stopped by you.",
+    epilog="Exit codes: 0 done, 1 a bug of ours or bounds not met, 2 something given was wrong, 130 stopped by you.",
 )
 app.command("run")(guarded(run.run))
 app.command("show")(guarded(look.show))
 app.command("prompt")(guarded(look.prompt))
+app.command("verify")(guarded(verify.verify))
 app.command("list")(guarded(look.list_models))
 app.command(
     "llava-cli",

@@ -41,7 +41,7 @@ def show(
 ) -> None:
     """Show what a model is: sizes, template, image rules, the memory it will need."""
     checkpoint = options.source(model, template, preprocess, beside).checkpoint()
-    facts = described(checkpoint)
+    facts = described(checkpoint) | _card(checkpoint.path)
     if as_json:
         print(json.dumps(facts, ensure_ascii=False))
         return
@@ -104,6 +104,20 @@ def _image_cost(config: LlavaConfig, kv_bytes: int) -> dict[str, object]:
     edge = 4 * config.vision.image_px
     tokens = grid_for((edge, edge), config.image, config.vision).tokens
     return {"tokens_of_a_square_image": tokens, "kv_bytes_of_a_square_image": tokens * kv_bytes}
+
+
+def _card(path: Path) -> dict[str, object]:
+    """What the quality card in a GGUF file says, in a line; nothing where there is none."""
+    from pumice.checkpoints.card import read_card
+    from pumice.tasks.card import Card
+
+    text = read_card(path)
+    if text is None:
+        return {}
+    try:
+        return {"quality_card": Card.from_json(text).summary}
+    except UserError:
+        return {"quality_card": "one that cannot be read"}
 
 
 def _shown(name: str, value: object) -> str:

@@ -63,7 +63,9 @@ class Llava(nn.Module):
     @property
     def in_blocks(self) -> bool:
         """Whether the language model's weights are quantised."""
-        return any(isinstance(each.weight, QTensor) for each in self.language_model.modules() if isinstance(each, Linear))
+        return any(
+            isinstance(each.weight, QTensor) for each in self.language_model.modules() if isinstance(each, Linear)
+        )
 
     def encode(self, pixels_N3YX: Tensor, grids: Sequence[Grid]) -> list[Tensor]:
         """Features of several images, (grid.tokens, D) each, from all their tiles in one pass.
