@@ -16,6 +16,7 @@ from torch import Tensor
 from pumice.engine.sampling import Sampler, Sampling
 from pumice.network.llama import Batch
 from pumice.network.llava import Llava
+from pumice.ops import Pages
 
 __all__ = ["Request", "Run", "Sampling", "Step", "position_bytes"]
 
@@ -94,6 +95,11 @@ class RowCache:
                 every_B1 = torch.arange(len(cached_BKSE), device=cached_BKSE.device)[:, None]
                 cached_BKSE[every_B1, :, self._positions_BT] = new_BKTE.transpose(1, 2).to(cached_BKSE.dtype)
         return k_BKSE[:, :, : self._length], v_BKSE[:, :, : self._length]
+
+    def pages(self) -> Pages:
+        """Each row is one page."""
+        keys, values = ([each[self._rows] for each in layers] for layers in (self.keys, self.values))
+        return Pages(keys, values, torch.arange(len(keys[0]))[:, None])
 
     def keep(self, places: list[int]) -> None:
         """Drop all other rows; the kept ones close up."""

@@ -7,6 +7,7 @@ published weights; rotary channels are in Transformers' half-split order.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from pumice import ops
 from pumice.config import TextConfig
 from pumice.network.layers import Embedding, Linear, RmsNorm, together
+from pumice.ops import Blocks, BlocksShape, BlockWeights, Pages
+from pumice.quant import QTensor
 
 
 class KeysValues(Protocol):
@@ -23,6 +26,10 @@ class KeysValues(Protocol):
 
     def extend(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new keys and values of a layer; return all of them, (B, K, S, E) each."""
+        ...
+
+    def pages(self) -> Pages:
+        """Where this pass finds and puts the keys and values of its rows."""
         ...
 
 
@@ -98,6 +105,17 @@ class Block(nn.Module):
         self.input_layernorm = RmsNorm(config.width, config.norm_eps)
         self.post_attention_layernorm = RmsNorm(config.width, config.norm_eps)
 
+    def weights(self) -> BlockWeights | None:
+        """What `ops.Blocks` takes; None where a matrix is not in blocks."""
+        attention, mlp = self.self_attn, self.mlp
+        layers = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        matrices = [each.weight for each in (*layers, mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+        norms = (self.input_layernorm.weight, self.post_attention_layernorm.weight)
+        in_blocks = [each for each in matrices if isinstance(each, QTensor)]
+        if len(in_blocks) < len(matrices) or any(each.dtype != torch.float32 for each in norms):
+            return None
+        return BlockWeights(in_blocks, [each.bias for each in layers[:3]], norms)
+
     def forward(self, x_BTD: Tensor, turn: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), turn, batch)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
@@ -114,8 +132,22 @@ class LanguageModel(nn.Module):
     def forward(self, x_BTD: Tensor, batch: Batch) -> Tensor:
         """Hidden states after the final norm, (B, T, D), from embeddings of the same shape."""
         cos_BTE, sin_BTE = ops.rotary(batch.positions_BT, self.config.head_width, self.config.rotary)
-        batch = windowed(batch, self.config.window)
         turn = (cos_BTE.to(x_BTD.dtype), sin_BTE.to(x_BTD.dtype))
+        if batch.cache is not None and ops.is_short_pass(x_BTD) and self._at_once is not None:
+            # In a cache a query sees its row up to its own position, whatever the mask was made for.
+            return self.norm(self._at_once.run(x_BTD, turn, batch.positions_BT, batch.cache.pages()))
+        batch = windowed(batch, self.config.window)
         for block in self.layers:
             x_BTD = block(x_BTD, turn, batch)
         return self.norm(x_BTD)
+
+    @functools.cached_property
+    def _at_once(self) -> Blocks | None:
+        """The twin of the loop over the blocks: one call for all of them, if all their matrices are in blocks."""
+        config = self.config
+        found = [block.weights() for block in self.layers if isinstance(block, Block)]
+        weights = [each for each in found if each is not None]
+        if len(weights) < len(found) or config.head_width % 16:
+            return None
+        numbers = (config.heads, config.kv_heads, config.head_width, config.ffn_width)
+        return Blocks(weights, BlocksShape(*numbers, config.window or 0, config.norm_eps))

@@ -16,10 +16,26 @@ from torch import Tensor
 
 from pumice.errors import UserError, nearest
 from pumice.ops import cpu, fused, reference
+from pumice.ops.cpu import Blocks, BlocksShape, BlockWeights, Pages
 from pumice.ops.reference import quick_gelu, rotary
 from pumice.quant import QTensor
 
-__all__ = ["attention", "embed", "gated_mlp", "linear", "linears", "quick_gelu", "rms_norm", "rotary", "rotate"]
+__all__ = [
+    "BlockWeights",
+    "Blocks",
+    "BlocksShape",
+    "Pages",
+    "attention",
+    "embed",
+    "gated_mlp",
+    "is_short_pass",
+    "linear",
+    "linears",
+    "quick_gelu",
+    "rms_norm",
+    "rotary",
+    "rotate",
+]
 
 BACKENDS = {"fused": fused, "reference": reference}
 
@@ -90,6 +106,11 @@ def attention(
     if few and q_BHTE.dtype == torch.float32 and k_BKSE.dtype in cpu.KEY_TYPES and _by_kernels(q_BHTE):
         return cpu.attention(q_BHTE, k_BKSE, v_BKSE, mask_BTS)
     return _backend().attention(q_BHTE, k_BKSE.to(q_BHTE.dtype), v_BKSE.to(q_BHTE.dtype), mask_BTS, causal)
+
+
+def is_short_pass(x_BTD: Tensor) -> bool:
+    """Whether so few positions pass, on a CPU, that `Blocks` is the faster form of the language model's blocks."""
+    return x_BTD.shape[0] * x_BTD.shape[1] <= cpu.FEW_QUERIES and x_BTD.dtype == torch.float32 and _by_kernels(x_BTD)
 
 
 def _learns(x: Tensor) -> bool:

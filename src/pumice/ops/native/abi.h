@@ -30,19 +30,45 @@ struct Bfloat {
 };
 enum KeyType : int32_t { OF_FLOAT = 0, OF_HALF = 1, OF_BFLOAT = 2 };
 
-// Attention of `tokens` new positions of each row over keys and values in pages of `page` positions. Pages are listed
-// row after row; in one, head h of position s begins at element h * head_stride + s * token_stride. width is a multiple
-// of 8. mask: rows x tokens x positions, not 0 where a query may look, or null. out: rows x tokens x heads x width.
+// Keys and values of one layer in pages: page p of row r begins at element table[r * row_pages + p] * page_stride; in
+// it head h of position s lies at h * head_stride + s * token_stride.
+struct Pages {
+    void* keys;
+    void* values;
+    const int64_t* table;
+    int64_t row_pages, page_stride, page, head_stride, token_stride;
+    int32_t type;
+};
+
+// Attention of `tokens` new positions of each row over what is in pages. A query sees the positions up to its own,
+// `window` of them at most (0: all); without `places` it sees the first `positions`, but where `mask`, rows x tokens x
+// positions, is 0. head_width is a multiple of 8. out: rows x tokens x heads x head_width.
 struct Attention {
     const float* q;
     int64_t q_row_stride, q_head_stride, q_token_stride;
-    const void* const* keys;
-    const void* const* values;
-    int64_t page, head_stride, token_stride;
+    Pages pages;
+    const int64_t* places;
     const uint8_t* mask;
     float* out;
-    int64_t rows, tokens, heads, kv_heads, width, positions;
-    int32_t type;
+    int64_t rows, tokens, heads, kv_heads, head_width, positions, window;
+};
+
+// A block of the language model: its matrices (where their products go is not read), norms, and its keys and values.
+struct Block {
+    Matrix q, k, v, o, gate, up, down;
+    const float *input_norm, *mlp_norm;
+    void *keys, *values;
+};
+
+// What all blocks of one pass share. x: rows x tokens x width, replaced by the result; cosine and sine: rows x tokens x
+// head_width; places: where each new position stands in its row.
+struct Pass {
+    float* x;
+    const float *cosine, *sine;
+    const int64_t* places;
+    Pages pages;  // of the first block; keys and values are each block's own
+    int64_t rows, tokens, heads, kv_heads, head_width, width, ffn_width, window;
+    float eps;
 };
 
 // How the instruction sets are numbered.

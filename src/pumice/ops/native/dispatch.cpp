@@ -55,3 +55,12 @@ PUMICE_EXPORT void pumice_rotate(int32_t isa, const float* x, const float* cosin
 PUMICE_EXPORT void pumice_attention(int32_t isa, const Attention* attention, int32_t threads, float* scratch) {
     kernels(isa).attention(*attention, threads, scratch);
 }
+
+PUMICE_EXPORT int64_t pumice_blocks_bytes(int32_t isa, const Pass* pass, int32_t threads) {
+    return kernels(isa).blocks_bytes(*pass, threads);
+}
+
+PUMICE_EXPORT void pumice_blocks(int32_t isa, const Block* first, int32_t count, const Pass* pass, int32_t threads,
+                                 uint8_t* memory) {
+    kernels(isa).blocks(first, count, *pass, threads, memory);
+}

@@ -1,4 +1,4 @@
-// What each instruction set provides. See the functions of the same names in matmul.inl and small.inl.
+// What each instruction set provides. See the functions of the same names in matmul.inl, small.inl, attention.inl and blocks.inl.
 #pragma once
 #include "abi.h"
 
@@ -9,6 +9,8 @@ struct Kernels {
     void (*gated_mlp)(const float*, const float*, int64_t, float*, int);
     void (*rotate)(const float*, const float*, const float*, int64_t, int64_t, int64_t, float*, int);
     void (*attention)(const Attention&, int, float*);
+    int64_t (*blocks_bytes)(const Pass&, int);
+    void (*blocks)(const Block*, int, const Pass&, int, uint8_t*);
 };
 
 extern const Kernels PORTABLE_KERNELS;

@@ -19,8 +19,11 @@ namespace avx2 {
 #include "panel.inl"
 #include "matmul.inl"
 #include "small.inl"
+#include "attention.inl"
+#include "blocks.inl"
 }  // namespace avx2
 
 extern const Kernels AVX2_KERNELS = {
     avx2::matmul, avx2::scratch_bytes, avx2::rms_norm, avx2::gated_mlp, avx2::rotate, avx2::attention,
+    avx2::blocks_bytes, avx2::blocks,
 };

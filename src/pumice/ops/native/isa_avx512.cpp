@@ -19,8 +19,11 @@ namespace avx512 {
 #include "panel.inl"
 #include "matmul.inl"
 #include "small.inl"
+#include "attention.inl"
+#include "blocks.inl"
 }  // namespace avx512
 
 extern const Kernels AVX512_KERNELS = {
     avx512::matmul, avx512::scratch_bytes, avx512::rms_norm, avx512::gated_mlp, avx512::rotate, avx512::attention,
+    avx512::blocks_bytes, avx512::blocks,
 };

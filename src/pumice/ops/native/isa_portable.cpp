@@ -16,8 +16,11 @@ namespace portable {
 #include "rows_portable.inl"
 #include "matmul.inl"
 #include "small.inl"
+#include "attention.inl"
+#include "blocks.inl"
 }  // namespace portable
 
 extern const Kernels PORTABLE_KERNELS = {
     portable::matmul, portable::scratch_bytes, portable::rms_norm, portable::gated_mlp, portable::rotate, portable::attention,
+    portable::blocks_bytes, portable::blocks,
 };

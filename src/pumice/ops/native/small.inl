@@ -1,4 +1,4 @@
-// The small operations between matrix products, and attention of few queries over pages of keys and values.
+// The small operations between matrix products.
 
 // e^x within 2e-7 of the value for x in [-87, 88]; smaller x give the least normal number's size.
 // 2^n e^r with |r| <= ln 2 / 2; e^r by its Taylor series to the seventh power.
@@ -68,77 +68,5 @@ inline void rotate(const float* x, const float* cosine, const float* sine, int64
                 to[half_width + i] = b * c[half_width + i] + a * s[half_width + i];
             }
         }
-    }
-}
-
-template <class T> inline float dot(const float* q, const T* k, int64_t width) {
-    V sum[2] = {all(0), all(0)};
-    int64_t i = 0;
-    for (; i + 2 * WIDTH <= width; i += 2 * WIDTH) {
-        sum[0] = fma(load(q + i), load(k + i), sum[0]);
-        sum[1] = fma(load(q + i + WIDTH), load(k + i + WIDTH), sum[1]);
-    }
-    for (; i < width; i += WIDTH) sum[0] = fma(load(q + i), load(k + i), sum[0]);
-    return lanes_sum(add(sum[0], sum[1]));
-}
-
-// One query head: softmax(q k / sqrt(width)) v over the positions that `seen` allows. `score` has room for all of them.
-template <class T>
-inline void attend(const Attention& a, const float* q, const void* const* keys, const void* const* values, int64_t at,
-                   const uint8_t* seen, float* score, float* out) {
-    const float scale = 1 / sqrtf(float(a.width));
-    float top = -INFINITY;
-    for (int64_t s = 0; s < a.positions; s++) {
-        if (seen && !seen[s]) {
-            score[s] = -INFINITY;
-            continue;
-        }
-        const T* k = (const T*)keys[s / a.page] + at + s % a.page * a.token_stride;
-        score[s] = dot(q, k, a.width) * scale;
-        top = score[s] > top ? score[s] : top;
-    }
-    V sums = all(0);
-    int64_t s = 0;
-    for (; s + WIDTH <= a.positions; s += WIDTH) {
-        // What is not seen is -inf, and has no weight at all.
-        V weight = exponential(add(load(score + s), all(-top)));
-        if (seen)
-            for (int i = 0; i < WIDTH; i++)
-                if (!seen[s + i]) ((float*)&weight)[i] = 0;
-        store(score + s, weight);
-        sums = add(sums, weight);
-    }
-    float sum = lanes_sum(sums);
-    for (; s < a.positions; s++) sum += score[s] = seen && !seen[s] ? 0 : expf(score[s] - top);
-    for (int64_t i = 0; i < a.width; i++) out[i] = 0;
-    for (s = 0; s < a.positions; s++) {
-        if (score[s] == 0) continue;
-        const T* v = (const T*)values[s / a.page] + at + s % a.page * a.token_stride;
-        const V weight = all(score[s] / sum);
-        for (int64_t i = 0; i < a.width; i += WIDTH) store(out + i, fma(weight, load(v + i), load(out + i)));
-    }
-}
-
-// Each (row, key head) is one piece of work: its queries, T new positions of each head of the group, read the same keys.
-inline void attention(const Attention& a, int threads, float* scratch) {
-    const int64_t group = a.heads / a.kv_heads, pages = (a.positions + a.page - 1) / a.page;
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (a.rows * a.heads * a.positions > 2048)
-    for (int64_t piece = 0; piece < a.rows * a.kv_heads; piece++) {
-        const int64_t row = piece / a.kv_heads, shared = piece % a.kv_heads;
-        float* score = scratch + int64_t(omp_get_thread_num()) * a.positions;
-        for (int64_t t = 0; t < a.tokens; t++)
-            for (int64_t g = 0; g < group; g++) {
-                const int64_t head = shared * group + g;
-                const float* q = a.q + row * a.q_row_stride + head * a.q_head_stride + t * a.q_token_stride;
-                float* out = a.out + ((row * a.tokens + t) * a.heads + head) * a.width;
-                const uint8_t* seen = a.mask ? a.mask + (row * a.tokens + t) * a.positions : nullptr;
-                const int64_t at = shared * a.head_stride;
-                if (a.type == OF_FLOAT)
-                    attend<float>(a, q, a.keys + row * pages, a.values + row * pages, at, seen, score, out);
-                else if (a.type == OF_HALF)
-                    attend<Half>(a, q, a.keys + row * pages, a.values + row * pages, at, seen, score, out);
-                else
-                    attend<Bfloat>(a, q, a.keys + row * pages, a.values + row * pages, at, seen, score, out);
-            }
     }
 }

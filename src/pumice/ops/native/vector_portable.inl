@@ -23,6 +23,16 @@ inline V load(const Bfloat* p) {
     });
 }
 inline void store(float* p, V v) { memcpy(p, v.lane, sizeof v.lane); }
+inline void store(Half* p, V v) {
+    for (int i = 0; i < WIDTH; i++) p[i].bits = to_half(v.lane[i]);
+}
+inline void store(Bfloat* p, V v) {
+    for (int i = 0; i < WIDTH; i++) {
+        uint32_t bits;
+        memcpy(&bits, &v.lane[i], 4);
+        p[i].bits = v.lane[i] != v.lane[i] ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    }
+}
 inline V all(float v) { return each([=](int) { return v; }); }
 inline V add(V a, V b) { return each([&](int i) { return a.lane[i] + b.lane[i]; }); }
 inline V mul(V a, V b) { return each([&](int i) { return a.lane[i] * b.lane[i]; }); }
