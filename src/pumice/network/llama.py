@@ -109,7 +109,7 @@ class Block(nn.Module):
         """What `ops.Blocks` takes; None where a matrix is not in blocks."""
         attention, mlp = self.self_attn, self.mlp
         layers = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-        matrices = [each.weight for each in (*layers, mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+        matrices: list[object] = [each.weight for each in (*layers, mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
         norms = (self.input_layernorm.weight, self.post_attention_layernorm.weight)
         in_blocks = [each for each in matrices if isinstance(each, QTensor)]
         if len(in_blocks) < len(matrices) or any(each.dtype != torch.float32 for each in norms):
