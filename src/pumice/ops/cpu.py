@@ -300,7 +300,7 @@ def attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask_BTS: Tensor |
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """What a block of the language model multiplies with. matrices: q, k, v, o, gate, up, down. biases: those of q, k, v.
+    """What a block of the language model multiplies with. matrices: q, k, v, o, gate, up, down. biases: of q, k and v.
     norms: before attention, before the MLP, float32."""
 
     matrices: Sequence[QTensor]

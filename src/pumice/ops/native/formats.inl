@@ -5,6 +5,12 @@
 
 constexpr int CHUNK = 256;
 
+// Panels that meet a tile of activations one after the other, while it is in the first cache (panel.inl).
+#ifndef TG
+#define TG 2
+#endif
+constexpr int TOGETHER = TG;
+
 // Formats with a floating scale for each 32 weights: weight = scale * level + offset.
 struct FloatScales {
     alignas(32) float scale[8] = {};
