@@ -6,10 +6,7 @@
 constexpr int CHUNK = 256;
 
 // Panels that meet a tile of activations one after the other, while it is in the first cache (panel.inl).
-#ifndef TG
-#define TG 2
-#endif
-constexpr int TOGETHER = TG;
+constexpr int TOGETHER = 2;
 
 // Formats with a floating scale for each 32 weights: weight = scale * level + offset.
 struct FloatScales {
