@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pumice import checkpoints, prompt, store
+from pumice import checkpoints, ops, prompt, store
 from pumice.config import LlavaConfig
 from pumice.decoding import StopText
 from pumice.engine import Request, Run, Sampling, Step, position_bytes
@@ -387,17 +387,25 @@ def use_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
+EYES = ("vision_tower.", "multi_modal_projector.")
+
+
 def _network(
     tensors: checkpoints.Tensors, config: LlavaConfig, dtype: torch.dtype | None, device: torch.device
 ) -> Llava:
     """The modules around the checkpoint's own memory: a tensor is copied only when its type or device must change."""
     with torch.device("meta"):
         network = Llava(config)
+    # Beside a language model in blocks, and unless a type was asked for, the eyes take part in eight bits.
+    in_blocks = isinstance(tensors.stored("language_model.layers.0.mlp.down_proj.weight"), QTensor)
+    eyes_in_blocks = in_blocks and dtype is None and device.type == "cpu"
     dtype = dtype or tensors.dtype("language_model.embed_tokens.weight")
     for name in network.state_dict():
         path, _, field = name.rpartition(".")
         module = network.get_submodule(path)
         values = tensors.stored(name)
+        if eyes_in_blocks and name.startswith(EYES) and isinstance(module, Linear) and isinstance(values, Tensor):
+            values = values if values.dim() < 2 else ops.eight_bits(values)
         if isinstance(values, QTensor) and isinstance(module, Linear | Embedding):
             # In blocks it is no parameter: it does not learn, and PyTorch has no type for it.
             delattr(module, field)

@@ -17,8 +17,8 @@ from torch import Tensor
 from pumice.errors import UserError, nearest
 from pumice.ops import cpu, fused, reference
 from pumice.ops.cpu import Blocks, BlocksShape, BlockWeights, Pages
-from pumice.ops.reference import quick_gelu, rotary
-from pumice.quant import QTensor
+from pumice.ops.reference import rotary
+from pumice.quant import FORMATS, QTensor
 
 __all__ = [
     "BlockWeights",
@@ -26,6 +26,7 @@ __all__ = [
     "BlocksShape",
     "Pages",
     "attention",
+    "eight_bits",
     "embed",
     "gated_mlp",
     "is_short_pass",
@@ -89,6 +90,11 @@ def gated_mlp(gate: Tensor, up: Tensor) -> Tensor:
     return reference.gated_mlp(gate, up)
 
 
+def quick_gelu(x: Tensor) -> Tensor:
+    """See `reference.quick_gelu`."""
+    return cpu.quick_gelu(x) if x.dtype == torch.float32 and _by_kernels(x) else reference.quick_gelu(x)
+
+
 def rotate(x_BHTE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
     """See `reference.rotate`."""
     if x_BHTE.dtype == cos_BTE.dtype == torch.float32 and _by_kernels(x_BHTE):
@@ -106,6 +112,13 @@ def attention(
     if few and q_BHTE.dtype == torch.float32 and k_BKSE.dtype in cpu.KEY_TYPES and _by_kernels(q_BHTE):
         return cpu.attention(q_BHTE, k_BKSE, v_BKSE, mask_BTS)
     return _backend().attention(q_BHTE, k_BKSE.to(q_BHTE.dtype), v_BKSE.to(q_BHTE.dtype), mask_BTS, causal)
+
+
+def eight_bits(weight_FD: Tensor) -> Tensor | QTensor:
+    """The matrix in blocks of eight bits where products with these are faster: on a CPU, with D in whole blocks."""
+    if weight_FD.device.type != "cpu" or weight_FD.shape[1] % FORMATS["Q8_0"].block_weights:
+        return weight_FD
+    return cpu.eight_bits(weight_FD)
 
 
 def is_short_pass(x_BTD: Tensor) -> bool:

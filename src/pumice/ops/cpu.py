@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pumice.errors import UserError, nearest
-from pumice.quant import QTensor
+from pumice.quant import FORMATS, QTensor
 
 LIBRARY = "libpumice_cpu.so"
 INSTRUCTION_SETS = {"portable": 0, "avx2": 1, "avx512": 2}
@@ -116,11 +116,12 @@ _SIGNATURES: dict[str, tuple[type | None, Sequence[type]]] = {
         None,
         (c_int32, c_void_p, c_int64, c_void_p, c_float, c_int64, c_int64, c_void_p, c_int32),
     ),
-    "pumice_gated_mlp": (None, (c_int32, c_void_p, c_void_p, c_int64, c_void_p, c_int32)),
+    "pumice_gated": (None, (c_int32, c_void_p, c_void_p, c_float, c_int64, c_void_p, c_int32)),
     "pumice_rotate": (
         None,
         (c_int32, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int32),
     ),
+    "pumice_pack_q8_0": (None, (c_int32, c_void_p, c_int64, c_void_p, c_int32)),
     "pumice_attention": (None, (c_int32, POINTER(_Attention), c_int32, c_void_p)),
     "pumice_blocks_bytes": (c_int64, (c_int32, POINTER(_Pass), c_int32)),
     "pumice_blocks": (None, (c_int32, POINTER(_Block), c_int32, POINTER(_Pass), c_int32, c_void_p)),
@@ -191,6 +192,17 @@ def linears(x_TD: Tensor, weights: Sequence[QTensor], biases: Sequence[Tensor | 
     return [out_MF.to(x_TD.dtype).view(*x_TD.shape[:-1], out_MF.shape[1]) for out_MF in outs]
 
 
+def eight_bits(weight_FD: Tensor) -> QTensor:
+    """The matrix in Q8_0, with the bytes of `packing.quantised`; D is a multiple of 32."""
+    rows, columns = weight_FD.shape
+    numbers_FD, format = weight_FD.float().contiguous(), FORMATS["Q8_0"]
+    data_RB = torch.empty(rows, format.row_bytes(columns), dtype=torch.uint8)
+    library().pumice_pack_q8_0(
+        instruction_set(), numbers_FD.data_ptr(), numbers_FD.numel(), data_RB.data_ptr(), torch.get_num_threads()
+    )
+    return QTensor(data_RB, format)
+
+
 def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """`reference.rms_norm` of float32."""
     rows_MD = x_D.reshape(-1, x_D.shape[-1]).contiguous()
@@ -212,11 +224,20 @@ def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 def gated_mlp(gate: Tensor, up: Tensor) -> Tensor:
     """`reference.gated_mlp` of float32."""
-    gate, up = gate.contiguous(), up.contiguous()
+    return _gated(gate, up.contiguous(), 1.0)
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """`reference.quick_gelu` of float32."""
+    return _gated(x, None, 1.702)
+
+
+def _gated(gate: Tensor, up: Tensor | None, slope: float) -> Tensor:
+    gate = gate.contiguous()
     out = torch.empty_like(gate)
-    library().pumice_gated_mlp(
-        instruction_set(), gate.data_ptr(), up.data_ptr(), gate.numel(), out.data_ptr(), torch.get_num_threads()
-    )
+    isa, threads = instruction_set(), torch.get_num_threads()
+    other = None if up is None else up.data_ptr()
+    library().pumice_gated(isa, gate.data_ptr(), other, slope, gate.numel(), out.data_ptr(), threads)
     return out
 
 

@@ -108,7 +108,7 @@ inline void blocks(const Block* first, int count, const Pass& p, int threads, ui
         rms_norm(p.x, p.width, block->mlp_norm, p.eps, m, p.width, normed, threads);
         const Matrix gate_up[2] = {into(block->gate, gate), into(block->up, up)};
         matmul(gate_up, 2, normed, p.width, m, p.width, threads, rest);
-        gated_mlp(gate, up, m * p.ffn_width, gate, threads);
+        gated(gate, up, 1, m * p.ffn_width, gate, threads);
         const Matrix down = into(block->down, normed);
         matmul(&down, 1, gate, p.ffn_width, m, p.ffn_width, threads, rest);
         add_to(p.x, normed, m * p.width);

@@ -42,14 +42,18 @@ PUMICE_EXPORT void pumice_rms_norm(int32_t isa, const float* x, int64_t x_stride
     kernels(isa).rms_norm(x, x_stride, weight, eps, rows, width, out, threads);
 }
 
-PUMICE_EXPORT void pumice_gated_mlp(int32_t isa, const float* gate, const float* up, int64_t count, float* out,
-                                    int32_t threads) {
-    kernels(isa).gated_mlp(gate, up, count, out, threads);
+PUMICE_EXPORT void pumice_gated(int32_t isa, const float* gate, const float* up, float slope, int64_t count, float* out,
+                                int32_t threads) {
+    kernels(isa).gated(gate, up, slope, count, out, threads);
 }
 
 PUMICE_EXPORT void pumice_rotate(int32_t isa, const float* x, const float* cosine, const float* sine, int64_t rows,
                                  int64_t heads, int64_t width, float* out, int32_t threads) {
     kernels(isa).rotate(x, cosine, sine, rows, heads, width, out, threads);
+}
+
+PUMICE_EXPORT void pumice_pack_q8_0(int32_t isa, const float* x, int64_t count, uint8_t* out, int32_t threads) {
+    kernels(isa).pack_q8_0(x, count, out, threads);
 }
 
 PUMICE_EXPORT void pumice_attention(int32_t isa, const Attention* attention, int32_t threads, float* scratch) {

@@ -6,8 +6,9 @@ struct Kernels {
     void (*matmul)(const Matrix*, int, const float*, int64_t, int64_t, int64_t, int, uint8_t*);
     int64_t (*scratch_bytes)(int64_t, int64_t, int);
     void (*rms_norm)(const float*, int64_t, const float*, float, int64_t, int64_t, float*, int);
-    void (*gated_mlp)(const float*, const float*, int64_t, float*, int);
+    void (*gated)(const float*, const float*, float, int64_t, float*, int);
     void (*rotate)(const float*, const float*, const float*, int64_t, int64_t, int64_t, float*, int);
+    void (*pack_q8_0)(const float*, int64_t, uint8_t*, int);
     void (*attention)(const Attention&, int, float*);
     int64_t (*blocks_bytes)(const Pass&, int);
     void (*blocks)(const Block*, int, const Pass&, int, uint8_t*);

@@ -24,6 +24,6 @@ namespace avx2 {
 }  // namespace avx2
 
 extern const Kernels AVX2_KERNELS = {
-    avx2::matmul, avx2::scratch_bytes, avx2::rms_norm, avx2::gated_mlp, avx2::rotate, avx2::attention,
+    avx2::matmul, avx2::scratch_bytes, avx2::rms_norm, avx2::gated, avx2::rotate, avx2::pack_q8_0, avx2::attention,
     avx2::blocks_bytes, avx2::blocks,
 };

@@ -21,6 +21,6 @@ namespace portable {
 }  // namespace portable
 
 extern const Kernels PORTABLE_KERNELS = {
-    portable::matmul, portable::scratch_bytes, portable::rms_norm, portable::gated_mlp, portable::rotate, portable::attention,
+    portable::matmul, portable::scratch_bytes, portable::rms_norm, portable::gated, portable::rotate, portable::pack_q8_0, portable::attention,
     portable::blocks_bytes, portable::blocks,
 };

@@ -52,37 +52,46 @@ inline void part_of(const Matrix& w, const Activations& x, int64_t first, int64_
     }
 }
 
-inline bool has_whole_scales(int32_t format) { return format >= Q2_K && format <= Q6_K; }
+inline Layout layout_of(int32_t format, bool many) {
+    if (format >= Q2_K && format <= Q6_K) return BY_256;
+    return WIDE_ACTIVATIONS && many && (format == Q8_0 || format == IQ4_NL) ? WIDE : BY_32;
+}
 
-// The bytes that `matmul` needs beside its arguments.
+inline int64_t in_lines(int64_t bytes) { return (bytes + 63) & ~int64_t(63); }
+
+// The bytes that `matmul` needs beside its arguments; those of layouts that no matrix wants are never touched.
 inline int64_t scratch_bytes(int64_t m, int64_t k, int threads) {
-    return int64_t(2 * Activations::bytes(m, k)) + threads * m * TOGETHER * PANEL * 4 + 256;
+    int64_t bytes = 64 + threads * m * TOGETHER * PANEL * 4;
+    for (int layout = 0; layout < LAYOUTS; layout++) bytes += in_lines(Activations::bytes(m, k, Layout(layout)));
+    return bytes;
 }
 
 // Called from outside any parallel region. Each matrix is (rows, k) and multiplies the same x, (m, k), x_stride apart.
 inline void matmul(const Matrix* matrices, int count, const float* x, int64_t x_stride, int64_t m, int64_t k, int threads,
                    uint8_t* scratch) {
     const bool many = PANEL > 1 && m > FEW_ROWS;
-    uint8_t* at = (uint8_t*)((uintptr_t(scratch) + 63) & ~uintptr_t(63));
-    const Activations by_32(m, k, false, many ? TILE_ROWS_32 : 0, at);
-    at += (Activations::bytes(m, k) + 63) & ~size_t(63);
-    const Activations by_256(m, k, true, many ? TILE_ROWS_256 : 0, at);
-    at += (Activations::bytes(m, k) + 63) & ~size_t(63);
+    const int tile_rows[LAYOUTS] = {TILE_ROWS_32, TILE_ROWS_256, TILE_ROWS_32};
+    uint8_t* at = (uint8_t*)in_lines(int64_t(uintptr_t(scratch)));
+    const auto next_part = [&](Layout layout) {
+        const Activations part(m, k, layout, many ? tile_rows[layout] : 0, at);
+        at += in_lines(Activations::bytes(m, k, layout));
+        return part;
+    };
+    const Activations as[LAYOUTS] = {next_part(BY_32), next_part(BY_256), next_part(WIDE)};
     float* sums = (float*)at;
-    bool wants[2] = {false, false};
-    for (int i = 0; i < count; i++) wants[has_whole_scales(matrices[i].format)] = true;
+    bool wanted[LAYOUTS] = {};
+    for (int i = 0; i < count; i++) wanted[layout_of(matrices[i].format, many)] = true;
     const int64_t step = many ? TOGETHER * PANEL : SPAN;
     int64_t next = 0, spans = 0;
     for (int i = 0; i < count; i++) spans += (matrices[i].rows + step - 1) / step;
 #pragma omp parallel num_threads(threads)
     {
-        const int64_t cells = m * by_32.chunks;
+        const int64_t chunks = as[0].chunks, cells = m * chunks;
 #pragma omp for schedule(static)
         for (int64_t cell = 0; cell < cells; cell++) {
-            const int64_t chunk = cell % by_32.chunks, r = cell / by_32.chunks;
-            const float* in = x + r * x_stride + chunk * CHUNK;
-            if (wants[0]) by_32.fill(chunk, r, in);
-            if (wants[1]) by_256.fill(chunk, r, in);
+            const int64_t chunk = cell % chunks, r = cell / chunks;
+            for (int layout = 0; layout < LAYOUTS; layout++)
+                if (wanted[layout]) as[layout].fill(chunk, r, x + r * x_stride + chunk * CHUNK);
         }
         float* c = sums + int64_t(omp_get_thread_num()) * m * TOGETHER * PANEL;
         for (;;) {
@@ -94,7 +103,7 @@ inline void matmul(const Matrix* matrices, int count, const float* x, int64_t x_
             for (; mine >= (matrices[i].rows + step - 1) / step; i++) mine -= (matrices[i].rows + step - 1) / step;
             const Matrix& w = matrices[i];
             const int64_t last = (mine + 1) * step < w.rows ? (mine + 1) * step : w.rows;
-            part_of(w, has_whole_scales(w.format) ? by_256 : by_32, mine * step, last, c);
+            part_of(w, as[layout_of(w.format, many)], mine * step, last, c);
         }
     }
 }

@@ -1,19 +1,20 @@
 // AVX2: products of a panel of 16 rows of weights with a tile of int8 activations.
 //
 // vpmaddubsw takes unsigned levels times signed activations into int16 sums of pairs. They may be added up while they
-// cannot overflow: eight times for levels of 4 bits, four for 5, twice for 6. Levels of 8 bits do not fit even once, so
-// a panel holds them as two planes of 4 bits.
+// cannot overflow: eight times for levels of 4 bits, four for 5, twice for 6. Levels of 8 bits do not fit even once: they
+// and their activations are widened to 16 bits, for vpmaddwd.
 
 constexpr int PANEL = 16, TILE_ROWS_32 = 4, TILE_ROWS_256 = 4;
+constexpr bool WIDE_ACTIVATIONS = true;
 
-template <int bits> constexpr int planes = bits == 8 ? 2 : 1;
 template <int bits> constexpr int sums_that_fit = bits == 5 ? 4 : bits == 6 ? 2 : 8;
 
 
 template <Format F, bool = Traits<F>::whole> struct PanelChunk;
 
 template <Format F> struct PanelChunk<F, false> {
-    alignas(64) uint8_t level[planes<Traits<F>::bits>][CHUNK / 4][PANEL][4];
+    // In groups of four weights, or of two that are 16 bits wide.
+    alignas(64) uint8_t level[CHUNK / (Traits<F>::bits == 8 ? 2 : 4)][PANEL][4];
     alignas(64) float scale[8][PANEL], offset[8][PANEL];
 
     void put_scales(int row, const FloatScales& s) {
@@ -26,7 +27,7 @@ template <Format F> struct PanelChunk<F, false> {
 
 template <Format F> struct PanelChunk<F, true> {
     static constexpr int subs = CHUNK / Traits<F>::sub;
-    alignas(64) uint8_t level[1][CHUNK / 4][PANEL][4];
+    alignas(64) uint8_t level[CHUNK / 4][PANEL][4];
     alignas(64) int16_t scale[subs][PANEL][2];    // twice each: both halves of a pair of sums
     alignas(64) int16_t min[subs / 2][PANEL][2];  // two sub-blocks side by side
     alignas(64) float d[PANEL], dmin[PANEL];
@@ -43,23 +44,17 @@ template <Format F> struct PanelChunk<F, true> {
 template <Format F> inline void put_levels(uint8_t* rows, int count, PanelChunk<F>& w) {
     constexpr int stride = PANEL * 4;
     if constexpr (Traits<F>::bits == 8) {
-        alignas(64) uint8_t high[8 * CHUNK];
+        alignas(64) int16_t wide[8][CHUNK];
         for (int first = 0; first < PANEL; first += 8) {
-            uint8_t* low = rows + first * CHUNK;
-            for (int i = 0; i < 8 * CHUNK; i++) {
-                const uint8_t level = low[i] ^ 128;
-                high[i] = level >> 4;
-                low[i] = level & 15;
-            }
-            for (int k = 0; k < count; k += 32) {
-                transpose8(low + k, CHUNK, w.level[0][k / 4][first], stride);
-                transpose8(high + k, CHUNK, w.level[1][k / 4][first], stride);
-            }
+            for (int row = 0; row < 8; row++)
+                for (int i = 0; i < CHUNK; i++) wide[row][i] = int8_t(rows[(first + row) * CHUNK + i]);
+            for (int k = 0; k < count; k += 16)
+                transpose8((const uint8_t*)&wide[0][k], 2 * CHUNK, w.level[k / 2][first], stride);
         }
     } else {
         for (int first = 0; first < PANEL; first += 8)
             for (int k = 0; k < count; k += 32)
-                transpose8(rows + first * CHUNK + k, CHUNK, w.level[0][k / 4][first], stride);
+                transpose8(rows + first * CHUNK + k, CHUNK, w.level[k / 4][first], stride);
     }
 }
 
@@ -84,6 +79,23 @@ inline __attribute__((always_inline)) void pair_sums(const uint8_t* w, const int
     }
 }
 
+// Products of 32 levels of 16 bits: MR rows of activations by 16 rows of weights.
+template <int MR>
+inline __attribute__((always_inline)) void wide_products(const uint8_t* w, const int8_t* x, __m256i (&sum)[MR][2]) {
+#pragma GCC unroll 16
+    for (int step = 0; step < 16; step++) {
+        const __m256i w0 = levels_at(w + step * 64), w1 = levels_at(w + step * 64 + 32);
+#pragma GCC unroll 8
+        for (int r = 0; r < MR; r++) {
+            const __m256i xr = four_bytes(x + (step * MR + r) * 4);
+            const __m256i p0 = _mm256_madd_epi16(w0, xr), p1 = _mm256_madd_epi16(w1, xr);
+            sum[r][0] = step == 0 ? p0 : _mm256_add_epi32(sum[r][0], p0);
+            sum[r][1] = step == 0 ? p1 : _mm256_add_epi32(sum[r][1], p1);
+            asm("" : "+x"(sum[r][0]), "+x"(sum[r][1]));
+        }
+    }
+}
+
 // c += the products of a tile of MR rows of activations with a panel's chunk.
 template <Format F, int MR> inline void tile(const PanelChunk<F>& w, int subs, const TileRows& x, float* c) {
     constexpr int sub = Traits<F>::sub, bits = Traits<F>::bits, fit = sums_that_fit<bits>;
@@ -96,7 +108,7 @@ template <Format F, int MR> inline void tile(const PanelChunk<F>& w, int subs, c
             const __m256i s1 = _mm256_load_si256((const __m256i*)w.scale[j][8]);
             for (int at = j * sub / 4; at < (j + 1) * sub / 4; at += run) {
                 __m256i sum[MR][2];
-                pair_sums<MR, run>(w.level[0][at][0], x.level + at * MR * 4, sum);
+                pair_sums<MR, run>(w.level[at][0], x.level + at * MR * 4, sum);
                 for (int r = 0; r < MR; r++) {
                     total[r][0] = _mm256_add_epi32(total[r][0], _mm256_madd_epi16(sum[r][0], s0));
                     total[r][1] = _mm256_add_epi32(total[r][1], _mm256_madd_epi16(sum[r][1], s1));
@@ -119,25 +131,20 @@ template <Format F, int MR> inline void tile(const PanelChunk<F>& w, int subs, c
             }
         }
     } else {
-        const __m256i ones = _mm256_set1_epi16(1), sixteens = _mm256_set1_epi16(16);
+        const __m256i ones = _mm256_set1_epi16(1);
         for (int j = 0; j < subs; j++) {
             __m256i total[MR][2];
-            for (int r = 0; r < MR; r++) total[r][0] = total[r][1] = _mm256_set1_epi32(-middle<F> * x.sums<32>(r)[j]);
-            for (int at = 8 * j; at < 8 * j + 8; at += run) {
-                __m256i sum[MR][2];
-                pair_sums<MR, run>(w.level[0][at][0], x.level + at * MR * 4, sum);
-                for (int r = 0; r < MR; r++)
-                    for (int v = 0; v < 2; v++) {
-                        const __m256i wide = _mm256_madd_epi16(sum[r][v], ones);
-                        total[r][v] = _mm256_add_epi32(total[r][v], wide);
-                    }
-            }
             if constexpr (bits == 8) {
-                __m256i sum[MR][2];
-                pair_sums<MR, 8>(w.level[1][8 * j][0], x.level + 8 * j * MR * 4, sum);
-                for (int r = 0; r < MR; r++)
-                    for (int v = 0; v < 2; v++)
-                        total[r][v] = _mm256_add_epi32(total[r][v], _mm256_madd_epi16(sum[r][v], sixteens));
+                wide_products<MR>(w.level[16 * j][0], x.level + 16 * j * MR * 4, total);
+            } else {
+                for (int r = 0; r < MR; r++) total[r][0] = total[r][1] = _mm256_set1_epi32(-middle<F> * x.sums<32>(r)[j]);
+                for (int at = 8 * j; at < 8 * j + 8; at += run) {
+                    __m256i sum[MR][2];
+                    pair_sums<MR, run>(w.level[at][0], x.level + at * MR * 4, sum);
+                    for (int r = 0; r < MR; r++)
+                        for (int v = 0; v < 2; v++)
+                            total[r][v] = _mm256_add_epi32(total[r][v], _mm256_madd_epi16(sum[r][v], ones));
+                }
             }
             for (int v = 0; v < 2; v++) {
                 const __m256 scale = _mm256_load_ps(w.scale[j] + 8 * v), offset = _mm256_load_ps(w.offset[j] + 8 * v);

@@ -4,6 +4,7 @@
 // share its ports, so the scales of K-quants are applied in floating point, once for each sub-block.
 
 constexpr int PANEL = 32, TILE_ROWS_32 = 6, TILE_ROWS_256 = 4;
+constexpr bool WIDE_ACTIVATIONS = false;
 
 template <Format F, bool = Traits<F>::whole> struct PanelChunk;
 

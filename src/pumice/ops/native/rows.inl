@@ -23,26 +23,31 @@ struct TileRows {
     template <int sub> const int16_t* sums(int r) const { return (sub == 16 ? sums_of_16 : sums_of_32) + r * 16; }
 };
 
+// How activations are laid out. BY_256: one scale a chunk. WIDE: levels of 16 bits, in tiles only.
+enum Layout : int { BY_32, BY_256, WIDE, LAYOUTS };
+
 // Everything about the activations of one call, in memory that the caller owns (see `bytes`).
 //   m rows, k channels, chunks of 256 (the last may be shorter). Arrays run over [chunk][row].
 struct Activations {
     int64_t m, k, chunks;
-    bool whole;     // one scale a chunk
-    int tile_rows;  // 0: rows stay as they are
-    int8_t* level;  // [chunk][row][CHUNK], or [chunk][tile][CHUNK / 4][row of the tile][4]
+    bool whole;      // one scale a chunk
+    int tile_rows;   // 0: rows stay as they are
+    int level_bytes;
+    int8_t* level;  // [chunk][row][CHUNK], or [chunk][tile][groups of four bytes][row of the tile][4]
     float *scales, *offsets;
     int16_t *sums_of_16, *sums_of_32;
 
-    static size_t bytes(int64_t m, int64_t k) {
+    static size_t bytes(int64_t m, int64_t k, Layout layout) {
         const int64_t chunks = (k + CHUNK - 1) / CHUNK;
-        return size_t(m * chunks) * (CHUNK + 8 * 4 + 8 * 4 + 32 + 32) + 64;
+        return size_t(m * chunks) * (CHUNK * (layout == WIDE ? 2 : 1) + 8 * 4 + 8 * 4 + 32 + 32) + 64;
     }
 
-    Activations(int64_t m_, int64_t k_, bool whole_, int tile_rows_, uint8_t* memory)
-        : m(m_), k(k_), chunks((k_ + CHUNK - 1) / CHUNK), whole(whole_), tile_rows(tile_rows_) {
+    Activations(int64_t m_, int64_t k_, Layout layout, int tile_rows_, uint8_t* memory)
+        : m(m_), k(k_), chunks((k_ + CHUNK - 1) / CHUNK), whole(layout == BY_256), tile_rows(tile_rows_) {
         const int64_t cells = m * chunks;
+        level_bytes = layout == WIDE ? 2 : 1;
         level = (int8_t*)memory;
-        scales = (float*)(level + cells * CHUNK);
+        scales = (float*)(level + cells * CHUNK * level_bytes);
         offsets = scales + cells * 8;
         sums_of_16 = (int16_t*)(offsets + cells * 8);
         sums_of_32 = sums_of_16 + cells * 16;
@@ -53,7 +58,7 @@ struct Activations {
 
     ChunkOfRow row(int64_t chunk, int64_t r) const {
         const int64_t cell = chunk * m + r;
-        return {level + cell * CHUNK, scales + cell * scale_stride(), offsets + cell * 8, sums_of_16 + cell * 16,
+        return {level + cell * CHUNK * level_bytes, scales + cell * scale_stride(), offsets + cell * 8, sums_of_16 + cell * 16,
                 sums_of_32 + cell * 16};
     }
 
@@ -109,7 +114,14 @@ struct Activations {
             return;
         }
         const int64_t first = r / tile_rows * tile_rows, rows = m - first < tile_rows ? m - first : tile_rows;
-        int8_t* tile_out = level + (chunk * m + first) * CHUNK + (r - first) * 4;
-        for (int g = 0; g < CHUNK / 4; g++) memcpy(tile_out + g * rows * 4, q + g * 4, 4);
+        int8_t* tile_out = level + (chunk * m + first) * CHUNK * level_bytes + (r - first) * 4;
+        if (level_bytes == 1) {
+            for (int g = 0; g < CHUNK / 4; g++) memcpy(tile_out + g * rows * 4, q + g * 4, 4);
+        } else {
+            for (int g = 0; g < CHUNK / 2; g++) {
+                const int16_t two[2] = {q[2 * g], q[2 * g + 1]};
+                memcpy(tile_out + g * rows * 4, two, 4);
+            }
+        }
     }
 };

@@ -2,6 +2,7 @@
 // time, always in place.
 
 constexpr int PANEL = 1, TILE_ROWS_32 = 0, TILE_ROWS_256 = 0;
+constexpr bool WIDE_ACTIVATIONS = false;
 
 // Levels 32 i to 32 i + 31 of the chunk at b. What `levels_avx2.inl` does, a byte at a time.
 template <Format F> inline void levels_of(const uint8_t* b, int i, int16_t* q) {

@@ -31,20 +31,23 @@ inline void rms_norm(const float* x, int64_t x_stride, const float* weight, floa
     }
 }
 
-// out = gate / (1 + e^-gate) * up.
-inline void gated_mlp(const float* gate, const float* up, int64_t count, float* out, int threads) {
+// x / (1 + e^-(slope x)). Below -88 the quotient is nothing; the bounds stand first, so that what is no number stays none.
+inline V sigmoid_times(V x, float slope) {
+    return divide(most(all(-88), x), add(all(1), exponential(mul(x, all(-slope)))));
+}
+
+// out = gate / (1 + e^-(slope gate)) * up, or without `up` the first factor alone.
+inline void gated(const float* gate, const float* up, float slope, int64_t count, float* out, int threads) {
     const int64_t part = 4096, parts = (count + part - 1) / part;
 #pragma omp parallel for schedule(static) num_threads(threads) if (parts > 8)
     for (int64_t p = 0; p < parts; p++) {
         const int64_t last = (p + 1) * part < count ? (p + 1) * part : count;
         int64_t i = p * part;
         for (; i + WIDTH <= last; i += WIDTH) {
-            const V g = load(gate + i);
-            // Below -88 the quotient is nothing; the bound stands first, so that what is no number stays none.
-            const V bounded = most(all(-88), g);
-            store(out + i, mul(divide(bounded, add(all(1), exponential(mul(g, all(-1))))), load(up + i)));
+            const V y = sigmoid_times(load(gate + i), slope);
+            store(out + i, up ? mul(y, load(up + i)) : y);
         }
-        for (; i < last; i++) out[i] = gate[i] / (1 + expf(-gate[i])) * up[i];
+        for (; i < last; i++) out[i] = gate[i] / (1 + expf(-slope * gate[i])) * (up ? up[i] : 1);
     }
 }
 
@@ -70,5 +73,22 @@ inline void rotate(const float* x, const float* cosine, const float* sine, int64
                 to[half_width + i] = b * c[half_width + i] + a * s[half_width + i];
             }
         }
+    }
+}
+
+// Q8_0 blocks of `count` numbers, whole blocks of 32: d = max |x| / 127 as a half, levels x (1 / d) rounded half away
+// from zero, with the d that is not yet rounded (ggml's quantize_row_q8_0_ref).
+inline void pack_q8_0(const float* x, int64_t count, uint8_t* out, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t block = 0; block < count / 32; block++) {
+        const float* in = x + block * 32;
+        uint8_t* to = out + block * 34;
+        float greatest = 0;
+        for (int i = 0; i < 32; i++) greatest = fabsf(in[i]) > greatest ? fabsf(in[i]) : greatest;
+        const float d = greatest / 127, inverse = d != 0 ? 1 / d : 0;
+        Half halves[WIDTH];
+        store(halves, all(d));
+        memcpy(to, &halves[0].bits, 2);
+        for (int i = 0; i < 32; i++) to[2 + i] = uint8_t(int8_t(int32_t(roundf(in[i] * inverse))));
     }
 }
