@@ -22,7 +22,7 @@ ROWS = {
     "network": 3, "checkpoints": 3, "store": 3,
     "engine": 4,
     "question": 5, "model": 5,
-    "train": 6,
+    "train": 6, "conversion": 6,
     "cli": 7,
 }  # fmt: skip
 WITHIN_A_ROW = {
@@ -157,7 +157,7 @@ def test_public_names() -> None:
     import pumice
 
     assert sorted(pumice.__all__) == [
-        "Answer", "Chat", "Exchange", "Model", "Question", "Sampling", "UserError", "load",
+        "Answer", "Chat", "Exchange", "Model", "Question", "Sampling", "UserError", "convert", "load",
     ]  # fmt: skip
     for name in pumice.__all__:
         assert getattr(pumice, name).__doc__, name

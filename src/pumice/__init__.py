@@ -6,18 +6,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pumice.conversion import convert
     from pumice.engine.sampling import Sampling
     from pumice.errors import UserError
     from pumice.model import Answer, Chat, Model, load
     from pumice.question import Exchange, Question
 
-__all__ = ["Answer", "Chat", "Exchange", "Model", "Question", "Sampling", "UserError", "load"]
+__all__ = ["Answer", "Chat", "Exchange", "Model", "Question", "Sampling", "UserError", "convert", "load"]
 
 _HOMES = {
     "Exchange": "pumice.question",
     "Question": "pumice.question",
     "Sampling": "pumice.engine.sampling",
     "UserError": "pumice.errors",
+    "convert": "pumice.conversion",
 }
 
 

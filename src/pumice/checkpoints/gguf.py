@@ -15,25 +15,32 @@ import torch
 from torch import Tensor
 
 from pumice.checkpoints import gguf_vocab
-from pumice.checkpoints.fields import shown
+from pumice.checkpoints.fields import Fields, shown
 from pumice.checkpoints.form import Checkpoint, checked, collected
-from pumice.checkpoints.gguf_eyes import PROJECTOR, Eyes, read_eyes
-from pumice.checkpoints.gguf_file import GgufFile, Stored, architecture, open_gguf
+from pumice.checkpoints.gguf_eyes import PROJECTOR, PROJECTOR_PREFIX, Eyes, read_eyes
+from pumice.checkpoints.gguf_file import GgufFile, Stored, architecture, decimal, open_gguf
+from pumice.checkpoints.origin import Origin, as_folder, inner, origin_of
 from pumice.checkpoints.settings import MAX_LAYERS, unsupported
-from pumice.checkpoints.sidefiles import known_template, usual_template
+from pumice.checkpoints.sidefiles import TOKENIZER_FILES, known_template, usual_template
 from pumice.checkpoints.tensors import Entry
 from pumice.config import LlavaConfig, TextConfig
 from pumice.errors import UserError
 from pumice.quant import QTensor
+from pumice.tokenizer import Tokenizer
 
 ARCHITECTURES = ("llama",)
+IMAGE_TOKEN = -200
+"""The authors' id of an image, outside every vocabulary."""
 
-_NAMES = {
+MODEL_KEY = "pumice.model"
+"""Of a file that pumice wrote: what no key of llama.cpp's says, as a JSON object."""
+
+NAMES = {
     "token_embd": "language_model.embed_tokens",
     "output_norm": "language_model.norm",
     "output": "lm_head",
 }
-_IN_BLOCK = {
+IN_BLOCK = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -59,22 +66,41 @@ def read(path: Path, projector: Path | None, template: str | None) -> Checkpoint
             hint="give the language model's file, and this one beside it with --with",
         )
     text = _text_config(file)
-    tokenizer = gguf_vocab.tokenizer(fields)
-    stops = gguf_vocab.stop_ids(fields, tokenizer)
+    entries = list(_entries(file, text))
+    origin = origin_of(file.values, str(path), [name for name, _ in entries])
+    tokenizer = _tokenizer(fields, origin)
+    own = inner(fields, MODEL_KEY)
+    stops = own.wholes("stop_ids", least=0, most=text.vocab - 1) or gguf_vocab.stop_ids(fields, tokenizer)
     kind = "mistral" if text.kv_heads < text.heads and text.rope_theta == 1e6 else "llama"
     jinja = fields.text("tokenizer.chat_template") if "tokenizer.chat_template" in fields else None
-    chosen = known_template(template, jinja, path) or usual_template(kind, stops, tokenizer)
-    config, entries = LlavaConfig(text, None, None, None, chosen, stops), list(_entries(file, text))
+    named = template or (own.text("template") if "template" in own else None)
+    chosen = known_template(named, jinja, path) or usual_template(kind, stops, tokenizer)
+    config = LlavaConfig(text, None, None, None, chosen, stops)
     if eyes := _eyes(path, projector, text):
         tiled = eyes.image.mode == "anyres"
-        config = replace(config, vision=eyes.vision, projector=eyes.projector, image=eyes.image)
+        token = own.whole("image_token_id", IMAGE_TOKEN, least=IMAGE_TOKEN, most=text.vocab - 1)
+        config = replace(config, vision=eyes.vision, projector=eyes.projector, image=eyes.image, image_token_id=token)
         config = replace(config, has_newline=tiled, family="llava-1.6" if tiled else "llava-1.5")
         entries += eyes.entries.items()
-    return Checkpoint(path, "gguf", config, tokenizer, checked(collected(entries, path), config, path))
+        if origin is not None:
+            origin = replace(origin, dtypes={**origin.dtypes, **eyes.dtypes})
+    tensors = checked(collected(entries, path), config, path)
+    beside = eyes.path if eyes else None
+    return Checkpoint(path, "gguf", config, tokenizer, tensors, projector=beside, origin=origin)
+
+
+def _tokenizer(fields: Fields, origin: Origin | None) -> Tokenizer:
+    """From the files of the folder where they came along: they say more than llama.cpp's keys can."""
+    files = {name: data for name, data in origin.files.items() if name in TOKENIZER_FILES} if origin else {}
+    if "tokenizer.json" not in files and "tokenizer.model" not in files:
+        return gguf_vocab.tokenizer(fields)
+    with as_folder(files) as folder:
+        return Tokenizer.from_folder(folder)
 
 
 def _eyes(path: Path, projector: Path | None, text: TextConfig) -> Eyes | None:
-    """From the file that was named, or the only one beside the language model whose features fit it."""
+    """From the file that was named; or the one beside the language model that bears its name; or the only one there
+    whose features fit it."""
     if projector is not None:
         eyes = read_eyes(projector)
         if eyes.width_out != text.width:
@@ -83,6 +109,9 @@ def _eyes(path: Path, projector: Path | None, text: TextConfig) -> Eyes | None:
                 hint="the two belong to different models; take the projector that came with this one",
             )
         return eyes
+    own = path.with_name(f"{PROJECTOR_PREFIX}{path.name}")
+    if own != path and architecture(own) == PROJECTOR:
+        return _eyes(path, own, text)
     near = [each for each in sorted(path.parent.glob("*.gguf")) if each != path and architecture(each) == PROJECTOR]
     fitting = [eyes for eyes in map(read_eyes, near) if eyes.width_out == text.width]
     if len(fitting) > 1:
@@ -109,8 +138,8 @@ def _text_config(file: GgufFile) -> TextConfig:
         kv_heads=kv_heads,
         head_width=head_width,
         ffn_width=fields.whole(f"{kind}.feed_forward_length"),
-        rope_theta=fields.number(f"{kind}.rope.freq_base", 1e4),
-        norm_eps=fields.number(f"{kind}.attention.layer_norm_rms_epsilon"),
+        rope_theta=decimal(fields.number(f"{kind}.rope.freq_base", 1e4)),
+        norm_eps=decimal(fields.number(f"{kind}.attention.layer_norm_rms_epsilon")),
         max_positions=fields.whole(f"{kind}.context_length", most=2**24),
         qkv_bias="blk.0.attn_q.bias" in file.tensors,
         tied_embeddings="output.weight" not in file.tensors,
@@ -154,12 +183,12 @@ def _entries(file: GgufFile, text: TextConfig) -> Iterator[tuple[str, Entry]]:
 def name_of(key: str) -> str:
     """pumice's name for a tensor of a language model's file; an unknown key keeps its own."""
     stem, _, part = key.rpartition(".")
-    if stem in _NAMES:
-        return f"{_NAMES[stem]}.{part}"
+    if stem in NAMES:
+        return f"{NAMES[stem]}.{part}"
     match = re.fullmatch(r"blk\.(0|[1-9]\d{0,3})\.(\w+)", stem)
-    if match is None or match[2] not in _IN_BLOCK:
+    if match is None or match[2] not in IN_BLOCK:
         return key
-    return f"language_model.layers.{match[1]}.{_IN_BLOCK[match[2]]}.{part}"
+    return f"language_model.layers.{match[1]}.{IN_BLOCK[match[2]]}.{part}"
 
 
 def turned(heads: int, head_width: int) -> Tensor:

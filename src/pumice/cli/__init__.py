@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pumice.cli import look, run
+from pumice.cli import convert, look, run
 from pumice.cli.terminal import prepare_streams, print_error
 from pumice.errors import UserError
 
@@ -48,6 +48,8 @@ app = typer.Typer(
 app.command("run")(guarded(run.run))
 app.command("show")(guarded(look.show))
 app.command("prompt")(guarded(look.prompt))
+app.command("convert")(guarded(convert.convert))
+app.command("quantize")(guarded(convert.quantize))
 app.command("list")(guarded(look.list_models))
 
 
