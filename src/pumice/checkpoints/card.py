@@ -1,4 +1,4 @@
-"""Where a quality card stands in a GGUF file's metadata: a string of one length, so that it can be put in place later."""
+"""Where a quality card stands in a GGUF file: a string of one length in its metadata, to be filled in place later."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def _load(checkpoint: Checkpoint, name: str, format: Format) -> np.ndarray[Any, 
 def lm_values(config: LlavaConfig, name: str) -> dict[str, Value]:
     """The metadata of a language model, but for its tokenizer and its types."""
     text = config.text
-    own = {"template": config.template, "stop_ids": list(config.stop_ids)}
+    own: dict[str, object] = {"template": config.template, "stop_ids": list(config.stop_ids)}
     if config.vision is not None:
         own["image_token_id"] = config.image_token_id
     return {

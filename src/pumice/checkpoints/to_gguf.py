@@ -139,9 +139,9 @@ def _refuse_again(checkpoint: Checkpoint, formats: Mapping[str, Format], types: 
         return
     for name, format in formats.items():
         have = checkpoint.tensors.blocks(name)
-        if have not in (None, format) and format.dtype is None:
+        if have is not None and have != format and format.dtype is None:
             raise UserError(
-                f"{checkpoint.path} holds {name} as {have.name if have else ''}, to be quantised again as {format.name}",
+                f"{checkpoint.path} holds {name} as {have.name}; it would be quantised again, as {format.name}",
                 hint="start from the unquantised model, or accept the loss twice with --allow-requantize",
             )
 

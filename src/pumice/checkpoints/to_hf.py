@@ -4,7 +4,6 @@ one that says the same in Transformers' words.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 from collections import Counter
@@ -16,10 +15,11 @@ import torch
 from torch import Tensor
 
 from pumice.checkpoints import hf
-from pumice.checkpoints.fields import read_json
+from pumice.checkpoints.fields import Fields, json_if_there, read_json
 from pumice.checkpoints.form import Checkpoint, expected_tensors
 from pumice.checkpoints.gguf_file import open_gguf
 from pumice.checkpoints.gguf_vocab import tokenizer_files
+from pumice.checkpoints.gguf_vocab_writer import vocab_values
 from pumice.checkpoints.hf_writer import DTYPE_NAMES, check_sayable, hub_key, main_dtype, put_descriptions, put_weights
 from pumice.checkpoints.origin import Origin, as_folder, json_bytes, put_files
 from pumice.checkpoints.report import Progress, Report, Written
@@ -29,6 +29,7 @@ from pumice.checkpoints.whole import check_free, whole
 from pumice.config import LlavaConfig
 from pumice.errors import UserError
 from pumice.prompt import IMAGE_MARK, template_for
+from pumice.sentencepiece import USER_DEFINED
 from pumice.tokenizer import Tokenizer
 
 SHARD_BYTES = 5 * 2**30
@@ -121,14 +122,12 @@ def _plan(checkpoint: Checkpoint, dtype: torch.dtype | None, origin: Origin | No
     config, words = checkpoint.config, _words(checkpoint, origin)
     if config.vision is None or config.image is None:
         return _Plan(config, words, _weights(checkpoint, config, dtype, origin))
-    if config.image.mode == "anyres" and not config.image.rounds_unpad:
+    vision, picture = config.vision, config.image
+    if picture.mode == "anyres" and not picture.rounds_unpad:
         notes.append("padding is cut off as Transformers does it; in rare sizes the authors keep a row more or less")
-        config = replace(config, image=replace(config.image, rules="hf"))
-    if not config.vision.post_norm:
-        notes.append(
-            "the tower's last norm, which no feature passes, is not in the source; the folder has one that does nothing"
-        )
-        config = replace(config, vision=replace(config.vision, post_norm=True))
+    if not vision.post_norm:
+        notes.append("the tower came without its last norm, which no feature passes; the folder has one without effect")
+    config = replace(config, vision=replace(vision, post_norm=True), image=replace(picture, rules="hf"))
     image = checkpoint.tokenizer.id_of(IMAGE_MARK)
     if image is not None and image < config.text.vocab:
         config = replace(config, image_token_id=image)
@@ -144,12 +143,28 @@ def _words(checkpoint: Checkpoint, origin: Origin | None) -> dict[str, bytes]:
         found = {path.name: path.read_bytes() for path in home.iterdir() if path.name in _WORDS and path.is_file()}
     else:
         found = {name: data for name, data in origin.files.items() if name in _WORDS} if origin else {}
-    if "tokenizer.json" in found or "tokenizer.model" in found:
+    if "tokenizer.json" in found:
         return found
+    if "tokenizer.model" in found:
+        return found | _as_json(found)
     return {name: json_bytes(each) for name, each in tokenizer_files(open_gguf(checkpoint.path).fields).items()}
 
 
 _WORDS = (*TOKENIZER_FILES, "chat_template.jinja", "chat_template.json")
+
+
+def _as_json(words: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The tokenizer.json of a tokenizer.model: Transformers 5 makes one of its own, without the space in front of a
+    text. Where one cannot say the same, there is none."""
+    with as_folder(words) as folder:
+        if json_if_there(folder / "tokenizer_config.json").raw("legacy") is False:
+            return {}
+        tokenizer = Tokenizer.from_folder(folder)
+        values, _ = vocab_values(folder, tokenizer, tokenizer.vocab_size, ())
+    if USER_DEFINED in values["tokenizer.ggml.token_type"].value:
+        return {}
+    fields = Fields({key: each.value for key, each in values.items()}, "tokenizer.model")
+    return {"tokenizer.json": json_bytes(tokenizer_files(fields)["tokenizer.json"])}
 
 
 def _with_image_token(
