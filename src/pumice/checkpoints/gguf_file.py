@@ -394,9 +394,9 @@ def put_gguf(path: Path, values: Mapping[str, Value], tensors: Sequence[ToStore]
     with path.open("wb") as file:
         file.write(_head(values, tensors, alignment))
         for tensor in tensors:
-            data = tensor.load().tobytes()
-            assert len(data) == stored_bytes(tensor.shape, tensor.format), tensor.name
-            file.write(data)
+            data = np.ascontiguousarray(tensor.load())
+            assert data.nbytes == stored_bytes(tensor.shape, tensor.format), tensor.name
+            file.write(data.data)
             _pad(file, alignment)
             yield tensor.name
         file.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,8 +29,12 @@ def recoded(name: str, values: Tensor | QTensor, format: Format) -> np.ndarray[A
         return values.data_RB.contiguous().numpy()
     if format.dtype is not None and not isinstance(values, QTensor) and values.dtype == format.dtype:
         return _bytes(values)
-    rows = [_recoded(name, each, format) for each in _stretches(values)]
-    return np.concatenate(rows) if len(rows) > 1 else rows[0]
+    whole, at = np.empty(math.prod(values.shape[:-1]) * format.row_bytes(values.shape[-1]), dtype=np.uint8), 0
+    for stretch in _stretches(values):
+        part = _recoded(name, stretch, format)
+        whole[at : at + part.size] = part
+        at += part.size
+    return whole
 
 
 def _recoded(name: str, x_RC: Tensor, format: Format) -> np.ndarray[Any, Any]:
