@@ -610,8 +610,10 @@ def test_what_is_there_already(made: dict[str, Path], tmp_path: Path) -> None:
         pumice.convert(folder, tmp_path / "f", choices=force)
     with pytest.raises(UserError, match="is the source itself"):
         pumice.convert(out, out, choices=force)
-    with pytest.raises(UserError, match="is the source itself"):
+    with pytest.raises(UserError, match="itself, or in it"):
         pumice.convert(folder, folder, choices=force)
+    with pytest.raises(UserError, match="itself, or in it"):
+        pumice.convert(out, out.parent, choices=force)
 
 
 def test_choices_that_are_refused(made: dict[str, Path], tmp_path: Path) -> None:

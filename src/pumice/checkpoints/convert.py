@@ -53,9 +53,10 @@ def write(checkpoint: Checkpoint, target: Target, progress: Progress = _silent) 
 
 
 def _refuse_itself(checkpoint: Checkpoint, path: Path) -> None:
+    """Raises UserError where writing would remove the source: it is the destination, or lies in it."""
     for source in (checkpoint.path, checkpoint.home, checkpoint.projector):
-        if source is not None and path.exists() and path.resolve() == source.resolve():
-            raise UserError(f"{path} is the source itself", hint="name another place for the result")
+        if source is not None and path.resolve() in (source.resolve(), *source.resolve().parents) and path.exists():
+            raise UserError(f"the source is {path} itself, or in it", hint="name another place for the result")
 
 
 def _origin(checkpoint: Checkpoint) -> tuple[Origin | None, list[tuple[str, str]]]:

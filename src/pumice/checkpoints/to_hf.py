@@ -22,6 +22,7 @@ from pumice.checkpoints.gguf_vocab import tokenizer_files
 from pumice.checkpoints.gguf_vocab_writer import vocab_values
 from pumice.checkpoints.hf_writer import DTYPE_NAMES, check_sayable, hub_key, main_dtype, put_descriptions, put_weights
 from pumice.checkpoints.origin import Origin, as_folder, json_bytes, put_files
+from pumice.checkpoints.recoded import FORMAT_OF, recoded
 from pumice.checkpoints.report import Progress, Report, Written
 from pumice.checkpoints.safetensors_writer import Weight
 from pumice.checkpoints.sidefiles import TOKENIZER_FILES, chat_template
@@ -205,15 +206,19 @@ def _weights(
             weights[name] = Weight(shape, dtype or torch.float32, load)
             continue
         own = torch.float16 if checkpoint.tensors.blocks(name) else checkpoint.tensors.dtype(name)
-        load = functools.partial(_loaded, checkpoint, name, shape[0])
-        weights[name] = Weight(shape, dtype or known.get(name, own), load)
+        chosen = dtype or known.get(name, own)
+        weights[name] = Weight(shape, chosen, functools.partial(_loaded, checkpoint, name, chosen, shape[0]))
     return weights
 
 
-def _loaded(checkpoint: Checkpoint, name: str, rows: int) -> Tensor:
+def _loaded(checkpoint: Checkpoint, name: str, dtype: torch.dtype, rows: int) -> Tensor:
     """A tensor, with more rows where the vocabulary grew. The mean of all rows is never the best of them, so that no
     answer changes."""
-    values = checkpoint.tensors[name]
+    if dtype in FORMAT_OF:
+        raw = recoded(name, checkpoint.tensors.stored(name), FORMAT_OF[dtype])
+        values = torch.from_numpy(raw).view(dtype).view(checkpoint.tensors.shape(name))
+    else:
+        values = checkpoint.tensors[name]
     if len(values) == rows:
         return values
     mean = values.float().mean(dim=0, keepdim=True).to(values.dtype)
