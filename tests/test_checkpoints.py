@@ -20,6 +20,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextForConditionalGeneration,
     MistralConfig,
+    Phi3Config,
     PreTrainedModel,
     Qwen2Config,
 )
@@ -29,6 +30,7 @@ from conftest import reference
 from pumice import checkpoints, store
 from pumice.checkpoints.fields import Fields
 from pumice.checkpoints.settings import text_config, vision_config
+from pumice.config import Rotary
 from pumice.errors import UserError
 from pumice.network.llava import Llava
 
@@ -141,7 +143,7 @@ def test_golden_folders_hold_what_transformers_loads(name: str) -> None:
     same(checkpoint.tensors, in_memory(model))
     theirs, ours = model.config, checkpoint.config
     text, vision = theirs.text_config, theirs.vision_config
-    assert ours.text.rope_theta == text.rope_parameters["rope_theta"]
+    assert ours.text.rotary.theta == text.rope_parameters["rope_theta"]
     assert (ours.text.heads, ours.text.kv_heads, ours.text.norm_eps) == (
         text.num_attention_heads, text.num_key_value_heads, text.rms_norm_eps,
     )  # fmt: skip
@@ -395,7 +397,9 @@ def test_values_are_mapped_not_copied(made: dict[str, Path], tmp_path: Path) -> 
 # --- defaults ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("oracle", [LlamaConfig(), MistralConfig(), Qwen2Config()], ids=lambda each: each.model_type)
+@pytest.mark.parametrize(
+    "oracle", [LlamaConfig(), MistralConfig(), Qwen2Config(), Phi3Config()], ids=lambda each: each.model_type
+)
 def test_missing_text_keys_are_transformers_defaults(oracle: Any) -> None:
     found = text_config(Fields({}, "config.json"), oracle.model_type, tied=False)
     assert found.vocab == oracle.vocab_size
@@ -404,9 +408,9 @@ def test_missing_text_keys_are_transformers_defaults(oracle: Any) -> None:
     )  # fmt: skip
     assert (found.heads, found.kv_heads) == (oracle.num_attention_heads, oracle.num_key_value_heads)
     assert found.head_width == oracle.hidden_size // oracle.num_attention_heads
-    assert (found.rope_theta, found.norm_eps) == (oracle.rope_parameters["rope_theta"], oracle.rms_norm_eps)
-    window = oracle.sliding_window if oracle.model_type == "mistral" else None
-    assert found.max_positions == min(oracle.max_position_embeddings, window or 2**30)
+    assert (found.rotary.theta, found.norm_eps) == (oracle.rope_parameters["rope_theta"], oracle.rms_norm_eps)
+    assert found.max_positions == oracle.max_position_embeddings
+    assert found.window == (oracle.sliding_window if oracle.model_type in ("mistral", "phi3") else None)
 
 
 def test_missing_vision_keys_are_transformers_defaults() -> None:
@@ -428,11 +432,16 @@ def test_hub_config_of_llava_15_7b() -> None:
     )  # fmt: skip
 
 
-def test_sliding_window_is_a_limit_of_length() -> None:
-    config = {"max_position_embeddings": 32768, "sliding_window": 4096}
-    assert text_config(Fields(config, "c"), "mistral", tied=False).max_positions == 4096
-    config["sliding_window"] = None  # type: ignore[assignment]
-    assert text_config(Fields(config, "c"), "mistral", tied=False).max_positions == 32768
+def test_sliding_windows() -> None:
+    """Null is none; a class without windows ignores the key."""
+
+    def window(kind: str, value: int | None) -> int | None:
+        return text_config(Fields({"sliding_window": value}, "c"), kind, tied=False).window
+
+    assert [window("mistral", 77), window("mistral", None), window("phi3", 2047)] == [77, None, 2047]
+    assert [window("llama", 77), window("qwen2", 77)] == [None, None]
+    with pytest.raises(UserError, match="sliding_window is 0"):
+        window("mistral", 0)
 
 
 # --- side files -------------------------------------------------------------------------------------------------------
@@ -625,8 +634,23 @@ def test_companions_that_have_no_place(made: dict[str, Path]) -> None:
         ({"text_config__hidden_act": "gelu"}, "hidden_act"),
         ({"text_config__attention_bias": True}, "attention_bias"),
         ({"text_config__mlp_bias": True}, "mlp_bias"),
-        ({"text_config__rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
-        ({"text_config__rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "llama3"),
+        ({"text_config__rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling is of type 'yarn'"),
+        ({"text_config__rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+        ({"text_config__rope_scaling": {"rope_type": "su", "short_factor": [1.0] * 8}}, "'su'"),
+        ({"text_config__rope_scaling": {"type": "linear", "factor": -2.0}}, "factor is -2.0"),
+        ({"text_config__rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "8 numbers above zero"),
+        ({"text_config__rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "no factor"),
+        (
+            {
+                "text_config__rope_parameters": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 4.0,
+                    "high_freq_factor": 4.0,
+                }
+            },
+            "more than low_freq_factor",
+        ),
         ({"text_config__rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "a part of each head"),
         ({"text_config__head_dim": 15}, "even"),
         ({"text_config__num_key_value_heads": 3}, "num_key_value_heads"),
@@ -908,7 +932,7 @@ def test_every_number_is_written(made: dict[str, Path], tmp_path: Path) -> None:
             vision, heads=2, activation="gelu", norm_eps=3e-5, feature_layers=(-1,), keep_class_token=True
         ),
         text=dataclasses.replace(
-            text, heads=8, kv_heads=8, head_width=8, rope_theta=123.0, norm_eps=3e-6, max_positions=77
+            text, heads=8, kv_heads=8, head_width=8, rotary=Rotary(123.0), norm_eps=3e-6, max_positions=77
         ),
         image=dataclasses.replace(
             image, mode="pad", resize_px=(30, 32), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), rescale=0.5, resample=2

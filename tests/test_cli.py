@@ -81,12 +81,13 @@ def refused(done: Done, *words: str) -> None:
 def test_help_is_golden_and_light() -> None:
     environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
     pages = []
-    for verb in ([], ["run"], ["show"], ["prompt"], ["convert"], ["quantize"], ["list"]):
+    for verb in ([], ["run"], ["show"], ["prompt"], ["verify"], ["convert"], ["quantize"], ["list"], ["llava-cli"]):
         done = subprocess.run(
             [sys.executable, "-c", AS_PUMICE, *verb, "--help"],
             capture_output=True, text=True, env=environment, check=True,
         )  # fmt: skip
         pages.append(done.stdout)
+    assert pages.pop() == (GOLDEN / "llava_cli_help.txt").read_text(encoding="utf-8")
     assert "\n".join(pages) == (GOLDEN / "cli_help.txt").read_text(encoding="utf-8")
 
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import functools
 import json
 import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +63,7 @@ def _language_model(found: checkpoints.Checkpoint, folder: Path, path: Path, qua
     writer.add_head_count(text.heads)
     writer.add_head_count_kv(text.kv_heads)
     writer.add_layer_norm_rms_eps(text.norm_eps)
-    writer.add_rope_freq_base(text.rope_theta)
+    writer.add_rope_freq_base(text.rotary.theta)
     _vocabulary(writer, found, json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
     kind = gguf.GGMLQuantizationType[quant]
     for name in found.tensors.names():
@@ -208,8 +210,19 @@ def test_without_eyes_it_is_a_text_model(tmp_path: Path) -> None:
     assert model.ask("Hi", sampling=FEW).text
     with pytest.raises(UserError, match="text model"):
         model.ask("What?", PICTURE)
-    seeing = pumice.load(path, beside=named, template="vicuna_v1")
-    assert seeing.ask("What?", PICTURE, sampling=FEW).image_tokens == (4,)
+    for seeing in (
+        pumice.load(path, mmproj=named, template="vicuna_v1"),
+        pumice.load(path, beside=named, template="vicuna_v1"),
+    ):
+        assert seeing.ask("What?", PICTURE, sampling=FEW).image_tokens == (4,)
+    for option in ("--with", "--mmproj"):
+        command = [sys.executable, "-m", "pumice", "show", str(path), option, str(named), "--json"]
+        shown = subprocess.run([*command, "--template", "vicuna_v1"], capture_output=True, check=True)
+        assert json.loads(shown.stdout)["family"] == "llava-1.5"
+    with pytest.raises(UserError, match="both a projector"):
+        pumice.load(path, mmproj=named, beside=named)
+    with pytest.raises(UserError, match="has no place"):
+        pumice.load(folder, mmproj=named)
 
 
 def edited(path: Path, *, values: dict[str, Value] | None = None, names: dict[str, str] | None = None) -> Path:

@@ -16,13 +16,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 ROWS = {
     "errors": 0,
-    "config": 1, "image": 1, "picture": 1, "prompt": 1, "tokenizer": 1, "decoding": 1, "sentencepiece": 1,
-    "special_tokens": 1,
+    "config": 1, "image": 1, "picture": 1, "prompt": 1, "chat_template": 1, "tokenizer": 1, "decoding": 1,
+    "sentencepiece": 1, "special_tokens": 1,
     "ops": 2, "quant": 2, "packing": 2,
     "network": 3, "checkpoints": 3, "store": 3,
     "engine": 4,
     "question": 5, "model": 5,
-    "train": 6, "conversion": 6,
+    "train": 6, "tasks": 6, "conversion": 6,
     "cli": 7,
 }  # fmt: skip
 WITHIN_A_ROW = {
@@ -35,14 +35,18 @@ WITHIN_A_ROW = {
 HOMES = {
     "PIL": {"image", "picture"}, "pillow_heif": {"picture"}, "tokenizers": {"tokenizer"},
     "safetensors": {"checkpoints"},
-    "typer": {"cli"}, "rich": {"cli"}, "transformers": set(), "ctypes": set(), "triton": set(), "ray": set(),
+    "typer": {"cli"}, "rich": {"cli"}, "transformers": set(), "ctypes": {"ops"}, "triton": set(), "ray": set(),
 }  # fmt: skip
 """Third-party names and the only rooms that may import them."""
+WIDEST = ("model", "load")
+"""The one function with seven parameters: what users choose when they load a model, each by its name, as on the command
+line. `mmproj` stands beside `beside` because that is the word people know from GGUF."""
 WITHOUT_TORCH = {
     "config",
     "image",
     "picture",
     "prompt",
+    "chat_template",
     "tokenizer",
     "decoding",
     "sentencepiece",
@@ -127,7 +131,8 @@ def test_signatures() -> None:
             spec = node.args
             named = [each.arg for each in (*spec.posonlyargs, *spec.args, *spec.kwonlyargs)]
             count = len([name for name in named if name not in ("self", "cls")])
-            if count > 6 or spec.kwarg is not None:
+            most = 7 if (room(path), node.name) == WIDEST else 6
+            if count > most or spec.kwarg is not None:
                 wrong.append(f"{where(path, node.lineno)} {node.name}: {count} parameters")
     assert not wrong
 
@@ -157,7 +162,8 @@ def test_public_names() -> None:
     import pumice
 
     assert sorted(pumice.__all__) == [
-        "Answer", "Chat", "Exchange", "Model", "Question", "Sampling", "UserError", "convert", "load",
+        "Answer", "Card", "Chat", "Exchange", "Model", "Question", "Sampling", "UserError", "convert", "load",
+        "save_values", "verify",
     ]  # fmt: skip
     for name in pumice.__all__:
         assert getattr(pumice, name).__doc__, name
@@ -209,9 +215,12 @@ def test_nothing_names_another_place() -> None:
 def test_options_that_errors_recommend_exist() -> None:
     """A hint sends people to the command line: what it names must be there."""
     option = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
-    known = set(option.findall((ROOT / "tests" / "golden" / "cli_help.txt").read_text(encoding="utf-8")))
+    golden = ROOT / "tests" / "golden"
+    ours = set(option.findall((golden / "cli_help.txt").read_text(encoding="utf-8")))
+    theirs = set(option.findall((golden / "llava_cli_help.txt").read_text(encoding="utf-8")))
     for path in FILES:
         if path.parent.name != "train":  # `python -m pumice.train` has options of its own
+            known = theirs if path.stem in ("llava_cli", "llava_flags") else ours
             named = {
                 name for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) for name in _named(node, option)
             }

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from pumice.config import Rotary
 from pumice.ops import fused, reference
 
 
@@ -55,8 +56,8 @@ def test_rotation_keeps_length_and_turns_by_the_difference() -> None:
     q, k = drawn(1, 1, 1, 8), drawn(1, 1, 1, 8, seed=1)
 
     def seen(at_q: int, at_k: int) -> float:
-        turned_q = reference.rotate(q, *reference.rotary(torch.tensor([[at_q]]), 8, 1e4))
-        turned_k = reference.rotate(k, *reference.rotary(torch.tensor([[at_k]]), 8, 1e4))
+        turned_q = reference.rotate(q, *reference.rotary(torch.tensor([[at_q]]), 8, Rotary()))
+        turned_k = reference.rotate(k, *reference.rotary(torch.tensor([[at_k]]), 8, Rotary()))
         assert_close(turned_q.norm(), q.norm())
         return float((turned_q * turned_k).sum())
 

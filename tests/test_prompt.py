@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import HERE, reference
+from pumice.chat_template import template_for
 from pumice.errors import UserError
 from pumice.prompt import (
     SPECIAL_WORDS,
@@ -24,7 +25,6 @@ from pumice.prompt import (
     prompt_text,
     render,
     split_raw,
-    template_for,
 )
 
 STRINGS = json.loads((HERE / "golden" / "prompt_strings.json").read_text(encoding="utf-8"))

@@ -11,15 +11,33 @@ if TYPE_CHECKING:
     from pumice.errors import UserError
     from pumice.model import Answer, Chat, Model, load
     from pumice.question import Exchange, Question
+    from pumice.tasks.card import Card
+    from pumice.tasks.verify import save_values, verify
 
-__all__ = ["Answer", "Chat", "Exchange", "Model", "Question", "Sampling", "UserError", "convert", "load"]
+__all__ = [
+    "Answer",
+    "Card",
+    "Chat",
+    "Exchange",
+    "Model",
+    "Question",
+    "Sampling",
+    "UserError",
+    "convert",
+    "load",
+    "save_values",
+    "verify",
+]
 
 _HOMES = {
+    "Card": "pumice.tasks.card",
     "Exchange": "pumice.question",
     "Question": "pumice.question",
     "Sampling": "pumice.engine.sampling",
     "UserError": "pumice.errors",
     "convert": "pumice.conversion",
+    "save_values": "pumice.tasks.verify",
+    "verify": "pumice.tasks.verify",
 }
 
 

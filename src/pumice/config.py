@@ -70,6 +70,22 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
+class Rotary:
+    """How positions turn queries and keys (Su et al. 2021): frequency i of a head is 1 / (divisor_i theta^(2i/width)).
+
+    No divisors: all 1. With `long_divisors` a sequence longer than `switch` tokens turns by those, all its positions
+    (LongRoPE, Ding et al. 2024). Cosines and sines are multiplied by `magnitude`.
+    """
+
+    theta: float = 1e4
+    divisors: tuple[float, ...] = ()
+    long_divisors: tuple[float, ...] = ()
+    switch: int | None = None
+    """With long divisors and only with them."""
+    magnitude: float = 1.0
+
+
+@dataclass(frozen=True)
 class TextConfig:
     """The language model: Llama and whatever differs from it in numbers only."""
 
@@ -80,9 +96,11 @@ class TextConfig:
     kv_heads: int
     head_width: int
     ffn_width: int
-    rope_theta: float = 1e4
+    rotary: Rotary = Rotary()
     norm_eps: float = 1e-5
     max_positions: int = 4096
+    window: int | None = None
+    """How many tokens a query may look at, its own included; None: all before it."""
     qkv_bias: bool = False
     tied_embeddings: bool = False
 

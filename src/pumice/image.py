@@ -19,7 +19,7 @@ from pumice.config import ImageConfig, Size, VisionConfig
 from pumice.errors import UserError
 from pumice.picture import MAX_PIXELS, ImageLike, open_image
 
-__all__ = ["Grid", "ImageLike", "Prepared", "grid_for", "open_image", "prepare", "tile_pictures"]
+__all__ = ["Grid", "ImageLike", "Prepared", "drawn", "grid_for", "open_image", "prepare", "tile_pictures"]
 
 MAX_STRIP_PIXELS = 4 * MAX_PIXELS
 """Of the part of a padded square that holds the picture. It is never in memory at once, but its time is spent."""
@@ -65,6 +65,15 @@ class Grid:
         base = self.tile_side**2 + int(self.class_token)
         return base + self.kept_rows * (self.kept_columns + int(self.newline))
 
+    def sources(self) -> NDArray[np.intp]:
+        """For each token, (tokens,), the tile it comes from: 0 is the base view, -1 the vector that ends a row."""
+        base = np.zeros(self.tile_side**2 + int(self.class_token), np.intp)
+        y = (self.top + np.arange(self.kept_rows)) // self.tile_side
+        x = (self.left + np.arange(self.kept_columns)) // self.tile_side
+        tiles_YX = 1 + y[:, None] * self.columns + x
+        ends_YX = np.full((self.kept_rows, int(self.newline)), -1, np.intp)
+        return np.concatenate((base, np.concatenate((tiles_YX, ends_YX), axis=1).ravel()))
+
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
@@ -86,6 +95,11 @@ def prepare(source: ImageLike, image: ImageConfig, vision: VisionConfig) -> Prep
     pixels = _normalised(_tiles(upright, image, vision), image)
     digest = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
     return Prepared(pixels, grid_for(size, image, vision), size, digest)
+
+
+def drawn(bytes_YXC: NDArray[np.uint8]) -> Image.Image:
+    """A picture from its 8-bit RGB values, (height, width, 3)."""
+    return Image.fromarray(np.ascontiguousarray(bytes_YXC))
 
 
 def tile_pictures(source: ImageLike, image: ImageConfig, vision: VisionConfig) -> list[Image.Image]:

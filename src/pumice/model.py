@@ -158,23 +158,35 @@ class Model(Prompter):
                 f"the prompt holds {given} image tokens, the {len(seen)} images have {expected}",
                 hint="repeat the image token once for each token of each image, as `see` does",
             )
-        run = Run(self.network, [Request(ids, self._features(seen), sampling)])
+        run = Run(self.network, [Request(ids, self.features(seen), sampling)])
         return [step.token for step in itertools.chain.from_iterable(iter(run.step, []))]
 
-    def _open(self, question: Question) -> _Opened:
+    def _open(self, question: Question, seen: Seen | None = None) -> _Opened:
         started = time.perf_counter()
-        seen = self.see(question)
-        request = Request(seen.encoded.ids, self._features(seen.images), question.sampling)
+        seen = seen or self.see(question)
+        request = Request(seen.encoded.ids, self.features(seen.images), question.sampling)
         stops = (*question.sampling.stop, *([] if question.raw else prompt.TEMPLATES[self.config.template].stop))
         return _Opened(self.tokenizer, request, seen, stops, time.perf_counter() - started)
 
-    def _features(self, images: Sequence[Prepared]) -> list[torch.Tensor]:
+    def features(self, images: Sequence[Prepared]) -> list[torch.Tensor]:
+        """What the language model gets of each image: (tokens, width), row ends included."""
         if not images:
             return []
         like = self.network.like
         with torch.inference_mode():
             pixels = torch.cat([torch.from_numpy(each.pixels) for each in images]).to(like.device, like.dtype)
             return self.network.encode(pixels, [each.grid for each in images])
+
+    @torch.inference_mode()
+    def logits(self, ids: Sequence[int], features: Sequence[torch.Tensor], last: int) -> torch.Tensor:
+        """Scores over the vocabulary, (last, vocabulary) in float32, of what follows each of the last ids, by the plain
+        flow: one pass, nothing kept. `features` stand where the ids are the image token.
+
+        Raises UserError for ids that the model does not have, or too many.
+        """
+        self.check_ids(ids)
+        x_1TD = self.network.embed(torch.tensor([list(ids)], device=self.network.like.device), features)
+        return self.network.logits(self.network(x_1TD)[0, -last:]).float()
 
 
 class _Opened:
@@ -228,10 +240,13 @@ class _Opened:
 
 
 class Stream:
-    """An answer that is coming: iterate over its pieces; `answer` is the whole, finished first if it must be."""
+    """An answer that is coming: iterate over its pieces; `answer` is the whole, finished first if it must be.
 
-    def __init__(self, model: Model, question: Question) -> None:
-        self._opened = model._open(question)
+    `seen` is what `see` gave for the question, where that was asked before.
+    """
+
+    def __init__(self, model: Model, question: Question, seen: Seen | None = None) -> None:
+        self._opened = model._open(question, seen)
         self._pieces = self._run(model)
 
     def __iter__(self) -> Iterator[str]:
@@ -342,17 +357,20 @@ def load(
     device: str | torch.device | None = None,
     template: str | None = None,
     preprocess: Literal["hf", "original"] | None = None,
+    mmproj: str | Path | None = None,
     beside: str | Path | Sequence[str | Path] = (),
 ) -> Model:
     """A model, ready to be asked.
 
-    dtype: float32, bfloat16 or float16; None keeps the checkpoint's. device: None takes a GPU when there is one. The
-    others are those of `Source`.
+    dtype: float32, bfloat16 or float16; None keeps the checkpoint's. device: None takes a GPU when there is one.
+    mmproj: the projector file of a GGUF, where it is not the only one in the same folder; a name for what may also
+    stand in `beside`. The others are those of `Source`.
 
     Raises UserError: no such model, files damaged or incomplete, an architecture that pumice does not have.
     """
-    folders = (beside,) if isinstance(beside, str | Path) else tuple(beside)
-    return load_from(Source(name, template, preprocess, folders), dtype=dtype, device=device)
+    others = (beside,) if isinstance(beside, str | Path) else tuple(beside)
+    others = others if mmproj is None else (*others, mmproj)
+    return load_from(Source(name, template, preprocess, others), dtype=dtype, device=device)
 
 
 def load_from(
@@ -362,6 +380,11 @@ def load_from(
     checkpoint = source.checkpoint()
     network = _network(checkpoint.tensors, checkpoint.config, _dtype(dtype), _device(device))
     return Model(str(source.name), checkpoint.config, checkpoint.tokenizer, network)
+
+
+def use_threads(count: int) -> None:
+    """Compute with so many threads on the CPU, in this whole process."""
+    torch.set_num_threads(count)
 
 
 def _network(

@@ -58,8 +58,10 @@ def _half_bytes(x_N1: Tensor) -> Tensor:
 
 
 def _level(x: Tensor, least: int, most: int) -> Tensor:
-    """Rounded half to even, within bounds; still float32."""
-    return x.round().clamp(least, most)
+    """Rounded half to even as ggml does it, within bounds; still float32. Beyond 2^22, where a block's numbers are too
+    large or too small for its scales, the mantissa says something else than the nearest number, here as there."""
+    mantissa = (x + 12582912.0).view(torch.int32) & 0x7FFFFF
+    return (mantissa - 0x400000).clamp(least, most).float()
 
 
 def _u8(x: Tensor) -> Tensor:
@@ -163,7 +165,7 @@ def _pack_mins(x: Tensor, w_NGE: Tensor, fit: _MinFit, top: int) -> tuple[Tensor
     """Of Q2_K, Q4_K and Q5_K: d and dmin, (N, 1); scales and mins in 0..top, (N, G) bytes; levels, (N, 256) bytes."""
     x_NGE = x.view(w_NGE.shape)
     scale, low, levels = fit.of(x_NGE, w_NGE)
-    ends = [each.amax(1) for each in (scale, low)]
+    ends = [each.amax(1) + 0.0 for each in (scale, low)]  # a min of -0 becomes 0
     scales, mins = (
         _level(torch.where(end > 0, top / end, 0.0) * each[..., 0], 0, top)
         for end, each in zip(ends, (scale, low), strict=True)
@@ -177,7 +179,9 @@ def _pack_mins(x: Tensor, w_NGE: Tensor, fit: _MinFit, top: int) -> tuple[Tensor
 
 def _own_weights(x_NGE: Tensor) -> Tensor:
     """How much each weight of Q4_K and Q5_K counts: its magnitude and its group's."""
-    return torch.sqrt(_sum(x_NGE * x_NGE) / x_NGE.shape[-1])[..., None] + x_NGE.abs()
+    mean = _sum(x_NGE * x_NGE) / x_NGE.shape[-1]
+    # By way of float64: torch's root of float32 is not always the nearest.
+    return mean.double().sqrt().float()[..., None] + x_NGE.abs()
 
 
 def _six_bit_bytes(scales_N8: Tensor, mins_N8: Tensor) -> Tensor:

@@ -4,12 +4,11 @@ A prompt is a list of parts, and only a template makes parts of kind `special` a
 `text` part whatever it says, so a literal `</s>` or `<image>` stays ordinary characters.
 
 A template is one row of `_TEMPLATES`. Its strings are those of LLaVA's conversation.py, of LLaVA-NeXT's, or (`hf_...`)
-of the chat templates in Hugging Face folders. Chat templates are never evaluated: `template_for` recognises them.
+of the chat templates in Hugging Face folders, which are never evaluated: `chat_template.py` recognises them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +29,10 @@ SPECIAL_WORDS = (
     "<|start_header_id|>",
     "<|end_header_id|>",
     "<|eot_id|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|end|>",
 )
 """What the templates write as special tokens. Text of a person never becomes one of them."""
 
@@ -200,6 +203,17 @@ _LLAMA_3 = Template(
     learns_marks=True,
     end="<|eot_id|>",
 )
+_PHI_3 = Template(
+    "phi3",
+    system_turn="<|system|>\n{text}<|end|>\n",
+    system_empty="",
+    user_header="<|user|>\n",
+    user="{images}{text}<|end|>\n",
+    answer_header="<|assistant|>\n",
+    answer="{text}<|end|>\n",
+    empty="full",
+    end="<|end|>",
+)
 
 _TEMPLATES = (
     _VICUNA,
@@ -220,6 +234,7 @@ _TEMPLATES = (
     ),
     _QWEN,
     _LLAMA_3,
+    _PHI_3,
     replace(_VICUNA, name="hf_vicuna", system=None, answer=" {text} ", empty="full"),
     replace(
         _MISTRAL,
@@ -227,7 +242,7 @@ _TEMPLATES = (
         system=None,
         system_empty=None,
         user="[INST] {images}{text} [/INST]",
-        # The file really says <\s>: not a special token, and no model was trained on it. See `template_for`.
+        # The file really says <\s>: not a special token, and no model was trained on it. See `chat_template.py`.
         answer=" {text}<\\s> ",
         empty="full",
     ),
@@ -260,15 +275,6 @@ TEMPLATES: Mapping[str, Template] = MappingProxyType(
     | {alias: each for alias, name in _ALIASES.items() for each in _TEMPLATES if each.name == name}
 )
 """Every name that `render` takes, aliases of the authors included."""
-
-# SHA-256 of a normalised chat template -> the template of this file. The one of llava-v1.6-mistral ends answers in a
-# literal `<\s>`; mistral_instruct is equal in the first turn, and in later ones what the model was trained on.
-_FINGERPRINTS = {
-    "319d20b0937f4704237326d4529bd25794db18607c6e15b6ef9df56f297c615b": "hf_vicuna",
-    "937ee8700b6ef6cef87ac884dee13d2de9f5cbe2fdaea851b47b2226f6da49fe": "mistral_instruct",
-    "c056adeea89d896ac103ff8bbcde39bd6ef519e06a018634a843cb00bd08b769": "hf_llama3",
-    "444fc95ce2aab1372b4975cda99a813c8663efcfe43d00a4745a2b3b9d8bf17e": "hf_chatml",
-}
 
 
 def render(template: str, messages: Sequence[Message]) -> list[Part]:
@@ -389,29 +395,6 @@ def split_raw(text: str) -> list[Part]:
         if piece:
             parts.append(Part("text", piece))
     return parts
-
-
-def template_for(jinja: str) -> str | None:
-    """The template that a known chat template stands for, or None. The text is compared, never evaluated."""
-    if len(jinja) > 8000:  # several times the longest known one; bounds the work
-        return None
-    return _FINGERPRINTS.get(hashlib.sha256(_normalised(jinja).encode()).hexdigest())
-
-
-def _normalised(jinja: str) -> str:
-    """A chat template without what changes nothing in its output as Transformers renders it: comments, `generation`
-    tags, white space that `trim_blocks`, `lstrip_blocks` and `-` remove, white space and quote style inside tags."""
-    text = re.sub(r"\{#.*?#\}\n?", "", jinja.replace("\\n", "\n"), flags=re.DOTALL)
-    text = re.sub(r"\s*(\{[{%])-", r"\1", text)
-    text = re.sub(r"-([%}]\})\s*", r"\1", text)
-    text = re.sub(r"(?m)^[ \t]+(?=\{%)", "", text).replace("%}\n", "%}")
-    tags = re.split(r"(\{[{%].*?[%}]\})", text.strip(), flags=re.DOTALL)
-    tags[1::2] = [re.sub(r"""('[^']*'|"[^"]*")|\s+""", _quoted, tag) for tag in tags[1::2]]
-    return re.sub(r"\{%(end)?generation%\}", "", "".join(tags))
-
-
-def _quoted(found: re.Match[str]) -> str:
-    return f"'{found[1][1:-1]}'" if found[1] else ""
 
 
 def messages_from_llava(conversations: Sequence[object], *, has_image: bool) -> list[Message]:

@@ -3,10 +3,14 @@ writes them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 from pumice.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken
 
 
 def declared_tokens(config: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -48,3 +52,34 @@ def content_of(token: Any) -> str | None:
     """A token of tokenizer_config.json: a string, or an object with its content."""
     content = token.get("content") if isinstance(token, Mapping) else token
     return content if isinstance(content, str) else None
+
+
+class AddedWords:
+    """Added tokens, looked for in a text: the first from the left, the longest of several."""
+
+    def __init__(self, tokens: Iterable[AddedToken]) -> None:
+        self._tokens = {token.content: token for token in tokens if token.content}
+        words = sorted(self._tokens, key=len, reverse=True)
+        self._any = re.compile("|".join(map(self._pattern, words))) if words else None
+
+    def _pattern(self, word: str) -> str:
+        return rf"(?<!\w){re.escape(word)}(?!\w)" if self._tokens[word].single_word else re.escape(word)
+
+    def cut(self, text: str) -> Iterator[tuple[Literal["text", "special"], str]]:
+        at = 0
+        for found in self._any.finditer(text) if self._any else ():
+            token, before = self._tokens[found[0]], text[at : found.start()]
+            before = before.rstrip() if token.lstrip else before
+            if before:
+                yield "text", before
+            yield "special", token.content
+            at = found.end()
+            if token.rstrip:
+                at += len(text[at:]) - len(text[at:].lstrip())
+        if text[at:]:
+            yield "text", text[at:]
+
+    def behind(self, word: str, text: str) -> str:
+        """A text that follows one of the tokens: without its leading white space where the token takes that."""
+        token = self._tokens.get(word)
+        return text.lstrip() if token is not None and token.rstrip else text

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +20,7 @@ from pumice.decoding import Decoder, TextStream, steps_of
 from pumice.errors import UserError
 from pumice.prompt import IMAGE_MARK, SPECIAL_WORDS, Part
 from pumice.sentencepiece import SPACE, PieceModel, read_model
-from pumice.special_tokens import added_token, content_of, declared_tokens, flags, special_words
+from pumice.special_tokens import AddedWords, added_token, content_of, declared_tokens, flags, special_words
 
 LARGEST_FILE_BYTES = 128 << 20
 """Several times the largest tokenizer.json of a Llama."""
@@ -90,8 +89,8 @@ class Tokenizer:
         if model:
             self._text.add_tokens([tokenizers.AddedToken(word, normalized=True) for word in model.symbols])
         special = special_words(config) | {token.content for token in added.values() if token.special}
-        self._all_words = _Words(added.values())
-        self._plain_words = _Words(token for token in added.values() if token.content not in special | _NEVER_TEXT)
+        self._all_words = AddedWords(added.values())
+        self._plain_words = AddedWords(token for token in added.values() if token.content not in special | _NEVER_TEXT)
         skipped = {id for word in special if (id := self.id_of(word)) is not None}
         skipped |= model.silent if model else set()
         if (image := self.id_of(IMAGE_MARK)) is not None:
@@ -209,12 +208,16 @@ class Tokenizer:
             )
         return None if token is None else self.id_of(token)
 
-    def _sections(self, parts: Sequence[Part], words: _Words) -> list[_Section]:
+    def _sections(self, parts: Sequence[Part], words: AddedWords) -> list[_Section]:
         """Parts cut at the added tokens of `words`, then neighbouring texts joined: they are tokenised together."""
         sections: list[_Section] = []
         for part in parts:
             own = "text" if part.kind == "special" and self.id_of(part.text) is None else part.kind
             for kind, text in words.cut(part.text) if part.kind == "text" else [(own, part.text)]:
+                if kind == "text" and sections and sections[-1].kind == "special":
+                    text = self._all_words.behind(sections[-1].text, text)
+                    if not text:
+                        continue
                 if kind == "text" and sections and sections[-1].kind == "text":
                     sections[-1].text += text
                 else:
@@ -269,32 +272,6 @@ class Tokenizer:
             )
         starts = [max(0, start - len(prefix)) for start, _ in found.offsets]
         return found.ids, [section.learned[start] for start in starts]
-
-
-class _Words:
-    """Added tokens, looked for in a text: the first from the left, the longest of several."""
-
-    def __init__(self, tokens: Iterable[tokenizers.AddedToken]) -> None:
-        self._tokens = {token.content: token for token in tokens if token.content}
-        words = sorted(self._tokens, key=len, reverse=True)
-        self._any = re.compile("|".join(map(self._pattern, words))) if words else None
-
-    def _pattern(self, word: str) -> str:
-        return rf"(?<!\w){re.escape(word)}(?!\w)" if self._tokens[word].single_word else re.escape(word)
-
-    def cut(self, text: str) -> Iterator[tuple[Literal["text", "special"], str]]:
-        at = 0
-        for found in self._any.finditer(text) if self._any else ():
-            token, before = self._tokens[found[0]], text[at : found.start()]
-            before = before.rstrip() if token.lstrip else before
-            if before:
-                yield "text", before
-            yield "special", token.content
-            at = found.end()
-            if token.rstrip:
-                at += len(text[at:]) - len(text[at:].lstrip())
-        if text[at:]:
-            yield "text", text[at:]
 
 
 def _library(text: str) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:

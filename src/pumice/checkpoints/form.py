@@ -121,6 +121,30 @@ def collected(pairs: Iterable[tuple[str, Entry]], path: Path) -> dict[str, Entry
     return named
 
 
+def unfused(pairs: Iterable[tuple[str, Entry]], text: TextConfig) -> Iterator[tuple[str, Entry]]:
+    """Tensors by pumice's names, with Phi-3's joined matrices cut into views of their rows: queries, keys and values;
+    gate and up. Lengths that do not fit show in the last piece."""
+    inner, shared = text.heads * text.head_width, text.kv_heads * text.head_width
+    cuts: dict[str, tuple[tuple[str, int, int | None], ...]] = {
+        ".self_attn.qkv_proj.weight": (
+            (".self_attn.q_proj.weight", 0, inner),
+            (".self_attn.k_proj.weight", inner, inner + shared),
+            (".self_attn.v_proj.weight", inner + shared, None),
+        ),
+        ".mlp.gate_up_proj.weight": (
+            (".mlp.gate_proj.weight", 0, text.ffn_width),
+            (".mlp.up_proj.weight", text.ffn_width, None),
+        ),
+    }
+    for name, entry in pairs:
+        joined = next((end for end in cuts if name.endswith(end)), None)
+        if joined is None or len(entry.shape) != 2:
+            yield name, entry
+            continue
+        for part, start, stop in cuts[joined]:
+            yield name.removesuffix(joined) + part, entry.rows(start, stop)
+
+
 def canonical(key: str) -> str:
     """pumice's name for a key of a LLaVA or a Llama in any of their layouts."""
     if key.startswith("lm_head."):

@@ -7,7 +7,7 @@ the two differ: docs/formats.md. Facts: convert_hf_to_gguf.py, convert_legacy_ll
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,19 +16,19 @@ from torch import Tensor
 
 from pumice.checkpoints import gguf_vocab
 from pumice.checkpoints.fields import Fields, shown
-from pumice.checkpoints.form import Checkpoint, checked, collected
+from pumice.checkpoints.form import Checkpoint, checked, collected, unfused
 from pumice.checkpoints.gguf_eyes import PROJECTOR, PROJECTOR_PREFIX, Eyes, read_eyes
 from pumice.checkpoints.gguf_file import GgufFile, Stored, architecture, decimal, open_gguf
 from pumice.checkpoints.origin import Origin, as_folder, inner, origin_of
-from pumice.checkpoints.settings import MAX_LAYERS, unsupported
+from pumice.checkpoints.settings import MAX_LAYERS, SCALINGS, divisors, unsupported
 from pumice.checkpoints.sidefiles import TOKENIZER_FILES, known_template, usual_template
 from pumice.checkpoints.tensors import Entry
-from pumice.config import LlavaConfig, TextConfig
+from pumice.config import LlavaConfig, Rotary, TextConfig
 from pumice.errors import UserError
 from pumice.quant import QTensor
 from pumice.tokenizer import Tokenizer
 
-ARCHITECTURES = ("llama",)
+ARCHITECTURES = ("llama", "phi3")
 IMAGE_TOKEN = -200
 """The authors' id of an image, outside every vocabulary."""
 
@@ -51,6 +51,10 @@ IN_BLOCK = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_IN_PHI_3_BLOCK = IN_BLOCK | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
+LLAMA_3 = "rope_freqs.weight"
+LONG_ROPE = ("rope_factors_short.weight", "rope_factors_long.weight")
+"""Divisors of rotary frequencies: part of the config here, tensors in the file."""
 
 
 def read(path: Path, projector: Path | None, template: str | None) -> Checkpoint:
@@ -66,12 +70,12 @@ def read(path: Path, projector: Path | None, template: str | None) -> Checkpoint
             hint="give the language model's file, and this one beside it with --with",
         )
     text = _text_config(file)
-    entries = list(_entries(file, text))
+    entries = list(unfused(_entries(file, text), text))
     origin = origin_of(file.values, str(path), [name for name, _ in entries])
     tokenizer = _tokenizer(fields, origin)
     own = inner(fields, MODEL_KEY)
     stops = own.wholes("stop_ids", least=0, most=text.vocab - 1) or gguf_vocab.stop_ids(fields, tokenizer)
-    kind = "mistral" if text.kv_heads < text.heads and text.rope_theta == 1e6 else "llama"
+    kind = "mistral" if text.kv_heads < text.heads and text.rotary.theta == 1e6 else "llama"
     jinja = fields.text("tokenizer.chat_template") if "tokenizer.chat_template" in fields else None
     named = template or (own.text("template") if "template" in own else None)
     chosen = known_template(named, jinja, path) or usual_template(kind, stops, tokenizer)
@@ -130,6 +134,7 @@ def _text_config(file: GgufFile) -> TextConfig:
     if heads % kv_heads or head_width % 2:
         raise fields.wrong(f"{kind}.attention.head_count_kv", f"a divisor of the {heads} heads, each of an even width")
     _refuse_others(file, kind, head_width)
+    positions = fields.whole(f"{kind}.context_length", most=2**24)
     return TextConfig(
         vocab=_rows(file, "token_embd.weight"),
         width=width,
@@ -138,9 +143,10 @@ def _text_config(file: GgufFile) -> TextConfig:
         kv_heads=kv_heads,
         head_width=head_width,
         ffn_width=fields.whole(f"{kind}.feed_forward_length"),
-        rope_theta=decimal(fields.number(f"{kind}.rope.freq_base", 1e4)),
+        rotary=_rotary(file, kind, head_width, positions),
         norm_eps=decimal(fields.number(f"{kind}.attention.layer_norm_rms_epsilon")),
-        max_positions=fields.whole(f"{kind}.context_length", most=2**24),
+        max_positions=positions,
+        window=fields.whole(f"{kind}.attention.sliding_window", 0, least=0, most=2**24) or None,
         qkv_bias="blk.0.attn_q.bias" in file.tensors,
         tied_embeddings="output.weight" not in file.tensors,
     )
@@ -155,12 +161,34 @@ def _refuse_others(file: GgufFile, kind: str, head_width: int) -> None:
         raise fields.wrong(f"{kind}.rope.dimension_count", f"the width of a head, {head_width}")
     if fields.whole(f"{kind}.attention.value_length", head_width) != head_width:
         raise fields.wrong(f"{kind}.attention.value_length", f"the width of a head, {head_width}")
-    scaling = fields.text(f"{kind}.rope.scaling.type", "none")
+
+
+def _rotary(file: GgufFile, kind: str, head_width: int, positions: int) -> Rotary:
+    """Divisors of the frequencies are tensors (Llama 3.1 has one set, Phi-3 two), a linear scaling is metadata."""
+    fields, half = file.fields, head_width // 2
+    scaling = fields.text(f"{kind}.rope.scaling.type", "linear")
+    if scaling not in ("none", "linear", "longrope"):
+        raise unsupported(fields, f"rotary scaling is of type {shown(scaling)}", SCALINGS)
     factor = fields.number(f"{kind}.rope.scaling.factor", fields.number(f"{kind}.rope.scale_linear", 1.0))
-    if scaling not in ("none", "linear") or factor != 1:
-        raise unsupported(fields, f"rotary scaling is {shown(scaling)} by {factor}", "plain rotary embeddings")
-    if "rope_freqs.weight" in file.tensors:
-        raise unsupported(fields, "rotary frequencies are scaled one by one (Llama 3.1)", "plain rotary embeddings")
+    factor = 1.0 if scaling == "none" else factor
+    theta = decimal(fields.number(f"{kind}.rope.freq_base", 1e4))
+    magnitude = decimal(fields.number(f"{kind}.rope.scaling.attn_factor", 1.0))
+    sets = {name: _divisors(file, name, half) for name in (*LONG_ROPE, LLAMA_3) if name in file.tensors}
+    match tuple(sets):
+        case () if scaling != "longrope":
+            return Rotary(theta, (factor,) * half if factor != 1 else (), magnitude=magnitude)
+        case (name,) if name == LLAMA_3 and scaling != "longrope" and factor == 1:
+            return Rotary(theta, sets[name], magnitude=magnitude)
+        case names if names == LONG_ROPE and factor == 1:
+            switch = fields.whole(f"{kind}.rope.scaling.original_context_length", positions, most=2**24)
+            return Rotary(theta, sets[names[0]], sets[names[1]], switch, magnitude)
+    raise unsupported(fields, f"rotary scaling {shown(scaling)} by {factor} comes with {list(sets)}", SCALINGS)
+
+
+def _divisors(file: GgufFile, name: str, count: int) -> tuple[float, ...]:
+    stored = file.tensors[name]
+    values = stored.entry().dense().tolist() if stored.shape == (count,) else f"of shape {list(stored.shape)}"
+    return divisors(Fields({name: values}, str(file.path)), name, count)
 
 
 def _rows(file: GgufFile, name: str) -> int:
@@ -170,25 +198,28 @@ def _rows(file: GgufFile, name: str) -> int:
 
 
 def _entries(file: GgufFile, text: TextConfig) -> Iterator[tuple[str, Entry]]:
-    """The tensors by pumice's names; queries and keys with their rows in Transformers' order."""
+    """The tensors by pumice's names; queries and keys with their rows in Transformers' order, which Phi-3's have."""
+    phi_3 = file.fields.raw("general.architecture") == "phi3"
     for stored in file.tensors.values():
-        name = name_of(stored.name)
+        if stored.name in (LLAMA_3, *LONG_ROPE):
+            continue
+        name = name_of(stored.name, _IN_PHI_3_BLOCK if phi_3 else IN_BLOCK)
         match = re.search(r"\.self_attn\.([qk])_proj\.", name)
-        if match is None:
+        if match is None or phi_3:
             yield name, stored.entry()
         else:
             yield name, _reordered(stored, text.heads if match[1] == "q" else text.kv_heads, text.head_width)
 
 
-def name_of(key: str) -> str:
+def name_of(key: str, in_block: Mapping[str, str] = IN_BLOCK) -> str:
     """pumice's name for a tensor of a language model's file; an unknown key keeps its own."""
     stem, _, part = key.rpartition(".")
     if stem in NAMES:
         return f"{NAMES[stem]}.{part}"
     match = re.fullmatch(r"blk\.(0|[1-9]\d{0,3})\.(\w+)", stem)
-    if match is None or match[2] not in IN_BLOCK:
+    if match is None or match[2] not in in_block:
         return key
-    return f"language_model.layers.{match[1]}.{IN_BLOCK[match[2]]}.{part}"
+    return f"language_model.layers.{match[1]}.{in_block[match[2]]}.{part}"
 
 
 def turned(heads: int, head_width: int) -> Tensor:

@@ -139,15 +139,20 @@ def architecture(path: Path) -> str | None:
     """What a file says it is, without reading further than that. None for what is no GGUF, or too damaged to say."""
     if not is_gguf(path) or path.stat().st_size < 24:
         return None
-    at = _Cursor(path, MappedFile(path, path.stat().st_size).memory)
     with suppress(UserError):
-        _, keys = at.header()
-        for _ in range(keys):
-            key = at.string("a key")
-            value = at.value(key)
+        for key, value, _ in metadata(path):
             if key == "general.architecture" and value.kind == "string" and not value.is_array:
                 return str(value.value)
     return None
+
+
+def metadata(path: Path) -> Iterator[tuple[str, Value, int]]:
+    """Key after key of one file, its value and the byte behind it, reading no further than is asked for."""
+    at = _Cursor(path, MappedFile(path, path.stat().st_size).memory)
+    _, keys = at.header()
+    for _ in range(keys):
+        key = at.string("a key")
+        yield key, at.value(key), at.position
 
 
 def open_gguf(path: Path) -> GgufFile:

@@ -110,7 +110,20 @@ def _sentencepiece(fields: Fields, tokens: Sequence[str], kinds: Sequence[int]) 
         eos=names.get("eos_token"),
     )
     own = {"add_bos_token": fields.flag("tokenizer.ggml.add_bos_token", True)}
-    return model, {**names, **own, "added_tokens_decoder": _added(tokens, kinds)}
+    added = _added(tokens, kinds)
+    if _is_phi_3(fields):
+        # They take the white space behind them, which GGUF cannot say.
+        added = {id: each | {"rstrip": each["content"] not in _PHI_3_LEAVES_SPACE} for id, each in added.items()}
+    return model, {**names, **own, "added_tokens_decoder": added}
+
+
+_PHI_3_LEAVES_SPACE = ("<unk>", "<s>", "<|endoftext|>")
+
+
+def _is_phi_3(fields: Fields) -> bool:
+    """By what llama.cpp goes by: the model's name, for Phi-3 is found under the architecture llama too."""
+    name = fields.text("general.name", "").lower()
+    return fields.raw("general.architecture") == "phi3" or "phi-3" in name or "phi3" in name
 
 
 def _byte_level(fields: Fields, tokens: Sequence[str], kinds: Sequence[int]) -> dict[str, Any]:

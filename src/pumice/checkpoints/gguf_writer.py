@@ -113,7 +113,7 @@ def _numbers(text: TextConfig) -> dict[str, Value]:
         "attention.value_length": text.head_width,
         "rope.dimension_count": text.head_width,
     }
-    numbers = {"attention.layer_norm_rms_epsilon": text.norm_eps, "rope.freq_base": text.rope_theta}
+    numbers = {"attention.layer_norm_rms_epsilon": text.norm_eps, "rope.freq_base": text.rotary.theta}
     return {f"llama.{key}": Value("u32", count) for key, count in counts.items()} | {
         f"llama.{key}": Value("f32", number) for key, number in numbers.items()
     }

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pumice.checkpoints.fields import Fields, json_if_there, shown
-from pumice.checkpoints.form import Checkpoint, checked, renamed
+from pumice.checkpoints.form import Checkpoint, checked, collected, renamed, unfused
 from pumice.checkpoints.settings import (
     NEXT_PINPOINTS,
     Mode,
@@ -23,7 +23,7 @@ from pumice.errors import UserError
 from pumice.tokenizer import Tokenizer
 
 FAMILIES = {"llava": "llava-1.5", "llava_next": "llava-1.6"}
-TEXT_MODELS = ("llama", "mistral", "qwen2")
+TEXT_MODELS = ("llama", "mistral", "qwen2", "phi3")
 
 CLIP_L_336: dict[str, object] = {
     "hidden_size": 1024,
@@ -72,7 +72,8 @@ def read(folder: Path, config: Fields, template: str | None) -> Checkpoint:
             f"{folder} holds no weights",
             hint="a checkpoint has model.safetensors or pytorch_model.bin, whole or in shards with an index; get them",
         )
-    return Checkpoint(folder, "hf", whole, tokenizer, checked(renamed(entries, folder), whole, folder))
+    own = collected(unfused(renamed(entries, folder).items(), text), folder)
+    return Checkpoint(folder, "hf", whole, tokenizer, checked(own, whole, folder))
 
 
 def _assembled(text: TextConfig, eyes: _Eyes | None, family: str, template: str, stops: tuple[int, ...]) -> LlavaConfig:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pumice import prompt
+from pumice.chat_template import template_for
 from pumice.checkpoints.form import expected_tensors
 from pumice.checkpoints.safetensors_writer import Weight, put_safetensors
 from pumice.checkpoints.sidefiles import TEMPLATE_KEY, TOKENIZER_FILES, chat_template
@@ -78,6 +79,11 @@ def check_writable(folder: Path, config: LlavaConfig, *, tokenizer_files: Path) 
 
 def check_sayable(config: LlavaConfig, *, tokenizer_files: Path) -> None:
     """Raises UserError for a config that Transformers' classes cannot express."""
+    if config.text.qkv_bias and config.text.window is not None:
+        raise UserError(
+            "the language model has both biases and a sliding window, which no type of Transformers' has together",
+            hint="keep this model in its own format",
+        )
     if config.vision is None or config.projector is None or config.image is None:
         return
     if config.projector.layers != 2:
@@ -204,7 +210,8 @@ def _descriptions(config: LlavaConfig, dtype: str) -> dict[str, dict[str, object
 
 def _text(text: TextConfig, template: str) -> dict[str, object]:
     """Llama and Mistral without a window are one function; the name matters to readers that know prompts by it."""
-    kind, head = ("mistral", "Mistral") if prompt.TEMPLATES[template].name == "mistral_instruct" else ("llama", "Llama")
+    mistral = text.window is not None or prompt.TEMPLATES[template].name == "mistral_instruct"
+    kind, head = ("mistral", "Mistral") if mistral else ("llama", "Llama")
     if text.qkv_bias:
         kind, head = "qwen2", "Qwen2"
     values: dict[str, object] = {
@@ -219,11 +226,28 @@ def _text(text: TextConfig, template: str) -> dict[str, object]:
         "head_dim": text.head_width,
         "hidden_act": "silu",
         "rms_norm_eps": text.norm_eps,
-        "rope_theta": text.rope_theta,
+        "rope_theta": text.rotary.theta,
         "max_position_embeddings": text.max_positions,
         "tie_word_embeddings": text.tied_embeddings,
     }
-    return values | ({"sliding_window": None} if kind == "mistral" else {})
+    if scaling := _rope_scaling(text):
+        values["rope_scaling"] = scaling
+    return values | ({"sliding_window": text.window} if kind == "mistral" else {})
+
+
+def _rope_scaling(text: TextConfig) -> dict[str, object]:
+    """Divisors as Transformers' longrope, which takes any: one set for both lengths is the same at every length."""
+    rotary = text.rotary
+    if not rotary.divisors and rotary.magnitude == 1:
+        return {}
+    short = list(rotary.divisors or (1.0,) * (text.head_width // 2))
+    return {
+        "rope_type": "longrope",
+        "short_factor": short,
+        "long_factor": list(rotary.long_divisors) or short,
+        "original_max_position_embeddings": rotary.switch or text.max_positions,
+        "attention_factor": rotary.magnitude,
+    }
 
 
 def _vision(vision: VisionConfig) -> dict[str, object]:
@@ -273,6 +297,6 @@ def _copy_tokenizer(folder: Path, tokenizer_files: Path, template: str) -> None:
         if (tokenizer_files / name).is_file():
             shutil.copyfile(tokenizer_files / name, folder / name)
     text = chat_template(tokenizer_files)
-    if text is not None and prompt.template_for(text) == template:
+    if text is not None and template_for(text) == template:
         content = json.dumps({"chat_template": text}, indent=2) + "\n"
         (folder / "chat_template.json").write_text(content, encoding="utf-8")

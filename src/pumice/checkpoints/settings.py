@@ -7,11 +7,12 @@ processors): writers leave out what equals the default.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from pumice.checkpoints.fields import Fields, is_number, is_whole, shown
-from pumice.config import ImageConfig, Size, TextConfig, VisionConfig
+from pumice.config import ImageConfig, Rotary, Size, TextConfig, VisionConfig
 from pumice.errors import UserError
 
 MAX_LAYERS = 512
@@ -25,22 +26,30 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 NEXT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
+SCALINGS = "rotary embeddings without scaling, or scaled as linear, llama3 or longrope"
+
 
 @dataclass(frozen=True)
 class _TextDefaults:
     vocab: int
     ffn_width: int
     max_positions: int
+    width: int = 4096
     kv_heads: int | None = None
     """None: as many as heads."""
+    norm_eps: float = 1e-6
+    has_window: bool = False
     window: int | None = None
     qkv_bias: bool = False
 
 
 _TEXT = {
     "llama": _TextDefaults(vocab=32000, ffn_width=11008, max_positions=2048),
-    "mistral": _TextDefaults(vocab=32000, ffn_width=14336, max_positions=131072, kv_heads=8, window=4096),
+    "mistral": _TextDefaults(
+        vocab=32000, ffn_width=14336, max_positions=131072, kv_heads=8, has_window=True, window=4096
+    ),
     "qwen2": _TextDefaults(vocab=151936, ffn_width=22016, max_positions=32768, kv_heads=32, qkv_bias=True),
+    "phi3": _TextDefaults(vocab=32064, ffn_width=8192, max_positions=4096, width=3072, norm_eps=1e-5, has_window=True),
 }
 
 
@@ -52,18 +61,19 @@ def unsupported(fields: Fields, what: str, known: str) -> UserError:
 
 
 def text_config(fields: Fields, kind: str, *, tied: bool) -> TextConfig:
-    """The language model. `kind` is its model_type: llama, mistral or qwen2."""
+    """The language model. `kind` is its model_type: llama, mistral, qwen2 or phi3."""
     if kind not in _TEXT:
         raise unsupported(fields, f"the language model is of type {shown(kind)}", ", ".join(_TEXT))
     defaults = _TEXT[kind]
     _refuse_other_text(fields, kind)
-    width, heads = fields.whole("hidden_size", 4096), fields.whole("num_attention_heads", 32, most=1024)
+    width, heads = fields.whole("hidden_size", defaults.width), fields.whole("num_attention_heads", 32, most=1024)
     kv_heads = fields.whole("num_key_value_heads", defaults.kv_heads or heads, most=1024)
     if heads % kv_heads:
         raise fields.wrong("num_key_value_heads", f"a divisor of the {heads} heads")
     head_width = fields.whole("head_dim", width // heads or None)
     if head_width % 2 or ("head_dim" not in fields and width % heads):
         raise fields.wrong("num_attention_heads", f"heads that share {width} channels evenly, an even number each")
+    positions = fields.whole("max_position_embeddings", defaults.max_positions, most=2**24)
     return TextConfig(
         vocab=fields.whole("vocab_size", defaults.vocab),
         width=width,
@@ -72,9 +82,10 @@ def text_config(fields: Fields, kind: str, *, tied: bool) -> TextConfig:
         kv_heads=kv_heads,
         head_width=head_width,
         ffn_width=fields.whole("intermediate_size", defaults.ffn_width),
-        rope_theta=_rope_theta(fields),
-        norm_eps=fields.number("rms_norm_eps", 1e-6),
-        max_positions=_positions(fields, kind),
+        rotary=_rotary(fields, kind, head_width, positions),
+        norm_eps=fields.number("rms_norm_eps", defaults.norm_eps),
+        max_positions=positions,
+        window=_window(fields, defaults),
         qkv_bias=defaults.qkv_bias,
         tied_embeddings=tied,
     )
@@ -92,30 +103,67 @@ def _refuse_other_text(fields: Fields, kind: str) -> None:
         raise unsupported(fields, "use_sliding_window is true", "full attention")
 
 
-def _positions(fields: Fields, kind: str) -> int:
-    """How long a sequence may be. Mistral's sliding window changes nothing before its own length, so a model with one
-    is run up to there and not beyond."""
-    positions = fields.whole("max_position_embeddings", _TEXT[kind].max_positions, most=2**24)
-    if kind != "mistral":
-        return positions
-    given = "sliding_window" in fields.names  # null says that there is none; absent means the class's 4096
-    window = None if given and "sliding_window" not in fields else fields.whole("sliding_window", _TEXT[kind].window)
-    return positions if window is None else min(positions, window)
+def _window(fields: Fields, defaults: _TextDefaults) -> int | None:
+    """Null says that there is none; absent means the class's own."""
+    if not defaults.has_window or "sliding_window" not in fields.names:
+        return defaults.window
+    return fields.whole("sliding_window", most=2**24) if "sliding_window" in fields else None
 
 
-def _rope_theta(fields: Fields) -> float:
-    """Transformers 5 writes `rope_parameters`; before, `rope_theta` stood alone beside `rope_scaling`."""
-    for key in ("rope_parameters", "rope_scaling"):
-        inner = fields.inner(key)
-        kind = inner.raw("rope_type") or inner.raw("type") or "default"
-        if kind != "default":
-            raise unsupported(fields, f"{key} is of type {shown(kind)}", "plain rotary embeddings")
-        if inner.number("partial_rotary_factor", 1.0) != 1.0:
-            raise unsupported(fields, f"{key} rotates only a part of each head", "plain rotary embeddings")
-    if fields.number("partial_rotary_factor", 1.0) != 1.0:
-        raise unsupported(fields, "partial_rotary_factor is not 1", "plain rotary embeddings")
-    parameters = fields.inner("rope_parameters")
-    return parameters.number("rope_theta", fields.number("rope_theta", 1e4))
+def _rotary(fields: Fields, kind: str, head_width: int, positions: int) -> Rotary:
+    """Transformers 5 writes `rope_parameters`; before, `rope_theta` stood alone beside `rope_scaling`, which wins.
+    Formulas: its modeling_rope_utils.py."""
+    key = "rope_scaling" if fields.inner("rope_scaling").names else "rope_parameters"
+    given = fields.inner(key)
+    for each in (given, fields):
+        if each.number("partial_rotary_factor", 1.0) != 1.0:
+            raise unsupported(each, "partial_rotary_factor is not 1: a part of each head turns", SCALINGS)
+    theta = given.number("rope_theta", fields.number("rope_theta", 1e4))
+    half = head_width // 2
+    scaling = given.raw("rope_type") or given.raw("type") or "default"
+    match scaling:
+        case "default":
+            return Rotary(theta)
+        case "linear":
+            return Rotary(theta, (given.number("factor"),) * half)
+        case "llama3":
+            return Rotary(theta, _llama_3(given, theta, half, _trained_positions(fields, given, kind, positions)))
+        case "longrope" | "su" if scaling == "longrope" or kind == "phi3":
+            switch = _trained_positions(fields, given, kind, positions)
+            factor = given.number("factor", positions / switch)
+            usual = math.sqrt(1 + math.log(factor) / math.log(switch)) if factor > 1 else 1.0
+            short, long = divisors(given, "short_factor", half), divisors(given, "long_factor", half)
+            magnitude = given.number("attention_factor", usual)
+            if short == long:
+                return Rotary(theta, short, magnitude=magnitude)
+            return Rotary(theta, short, long, switch, magnitude)
+    raise unsupported(fields, f"{key} is of type {shown(scaling)}", SCALINGS)
+
+
+def _trained_positions(fields: Fields, given: Fields, kind: str, positions: int) -> int:
+    """How long the sequences were before the scaling; Phi-3 says it beside the scaling, and that counts."""
+    key = "original_max_position_embeddings"
+    if key in fields or kind == "phi3":
+        return fields.whole(key, 4096, least=2, most=2**24)
+    return given.whole(key, positions, least=2, most=2**24)
+
+
+def _llama_3(given: Fields, theta: float, half: int, trained: int) -> tuple[float, ...]:
+    """Long waves are stretched by the factor, short ones left, those between stretched in part (Llama 3.1)."""
+    factor, low, high = (given.number(key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    if high <= low:
+        raise given.wrong("high_freq_factor", f"more than low_freq_factor, {low}")
+    turns = [trained * theta ** (-i / half) / (2 * math.pi) for i in range(half)]
+    shares = [min(1.0, max(0.0, (each - low) / (high - low))) for each in turns]
+    return tuple(1 / ((1 - share) / factor + share) for share in shares)
+
+
+def divisors(fields: Fields, key: str, count: int) -> tuple[float, ...]:
+    """A number above zero for each rotary frequency."""
+    values = fields.raw(key)
+    if not isinstance(values, list) or len(values) != count or not all(is_number(each) and each > 0 for each in values):
+        raise fields.wrong(key, f"{count} numbers above zero, one for each frequency")
+    return tuple(float(each) for each in values)
 
 
 def vision_config(fields: Fields, feature_layers: tuple[int, ...], *, keep_class_token: bool) -> VisionConfig:

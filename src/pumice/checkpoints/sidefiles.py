@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pumice import prompt
+from pumice.chat_template import template_for
 from pumice.checkpoints.fields import Fields, json_if_there
 from pumice.errors import UserError, nearest
 from pumice.tokenizer import Tokenizer
@@ -49,7 +50,7 @@ def known_template(given: str | None, chat_template: str | None, source: Path) -
         return _known(given)
     if chat_template is None:
         return None
-    name = prompt.template_for(chat_template)
+    name = template_for(chat_template)
     if name is None:
         raise UserError(
             f"{source} has a chat template that pumice does not know; it is compared with known ones and never run",
@@ -80,6 +81,8 @@ def usual_template(kind: str, stops: tuple[int, ...], tokenizer: Tokenizer) -> s
         return "qwen_1_5"
     if "<|im_end|>" in [tokenizer.token_of(stop) for stop in stops]:
         return "chatml_direct"
+    if tokenizer.id_of("<|end|>") is not None and tokenizer.id_of("<|assistant|>") is not None:
+        return "phi3"
     if tokenizer.id_of("<|eot_id|>") is not None:
         return "llava_llama_3"
     return "mistral_instruct" if kind == "mistral" else "vicuna_v1"

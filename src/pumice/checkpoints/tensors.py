@@ -7,10 +7,11 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -56,6 +57,18 @@ class Entry:
         values = self.load()
         return values.dense() if isinstance(values, QTensor) else values
 
+    def rows(self, start: int, stop: int | None) -> Entry:
+        """Some rows of a matrix: a view of its values, of blocks too."""
+
+        def load() -> Tensor | QTensor:
+            values = self.load()
+            if isinstance(values, QTensor):
+                return QTensor(values.data_RB[start:stop], values.format, values.dtype)
+            return values[start:stop]
+
+        count = len(range(self.shape[0])[start:stop])
+        return replace(self, shape=(count, *self.shape[1:]), load=load)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the values, as the file stores them."""
@@ -97,9 +110,11 @@ class Tensors(Mapping[str, Tensor]):
         """The format of quantised values."""
         return self._entries[name].blocks
 
-    def kinds(self) -> str:
-        """Which types the values have, and how many tensors of each: `Q4_K 193, F32 65`."""
-        names = [each.blocks.name if each.blocks else str(each.dtype)[6:] for each in self._entries.values()]
+    def kinds(self, *parts: str) -> str:
+        """Which types the values have, and how many tensors of each: `Q4_K 193, F32 65`. parts: how the names of those
+        that count begin; all without."""
+        counted = [each for name, each in self._entries.items() if name.startswith(parts or "")]
+        names = [each.blocks.name if each.blocks else str(each.dtype)[6:] for each in counted]
         return ", ".join(f"{name} {count}" for name, count in Counter(names).most_common())
 
     @property
@@ -133,6 +148,23 @@ def open_file(path: Path) -> dict[str, Entry]:
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
     return {name: Entry(name, each.shape, each.dtype, each.load) for name, each in pickles.open_pickle(path).items()}
+
+
+def save_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one `.safetensors` file, which appears whole or not at all. Raises UserError when the disk does not take
+    it."""
+    half_written = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        half_written.write_bytes(b"")  # what may not be written here is said by the system, in its own words
+        safetensors.torch.save_file(dict(tensors), str(half_written))
+        half_written.chmod(0o644)  # the library makes it private
+        half_written.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}", hint="check the disk and the folder") from error
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be written: {error}", hint="check the disk and the folder") from error
+    finally:
+        half_written.unlink(missing_ok=True)
 
 
 def _open_shards(folder: Path, index: str) -> dict[str, Entry]:

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from pumice.checkpoints.card import CARD_BYTES, CARD_KEY
+from pumice.checkpoints.card import CARD_KEY, NO_CARD
 from pumice.checkpoints.form import Checkpoint
 from pumice.checkpoints.gguf_eyes import PROJECTOR_PREFIX
 from pumice.checkpoints.gguf_eyes_writer import FILE_TYPES, eyes_formats, eyes_tensors, eyes_values
@@ -148,4 +148,4 @@ def _refuse_again(checkpoint: Checkpoint, formats: Mapping[str, Format], types: 
 
 def _card(types: Types) -> dict[str, Value]:
     """Room for a quality card, to be filled in place."""
-    return {CARD_KEY: Value("string", " " * CARD_BYTES)} if types.mix else {}
+    return {CARD_KEY: Value("string", NO_CARD)} if types.mix else {}

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pumice.chat_template import template_for
 from pumice.checkpoints import hf
 from pumice.checkpoints.fields import Fields, json_if_there, read_json
 from pumice.checkpoints.form import Checkpoint, expected_tensors
@@ -29,7 +30,7 @@ from pumice.checkpoints.sidefiles import TOKENIZER_FILES, chat_template
 from pumice.checkpoints.whole import check_free, whole
 from pumice.config import LlavaConfig
 from pumice.errors import UserError
-from pumice.prompt import IMAGE_MARK, template_for
+from pumice.prompt import IMAGE_MARK
 from pumice.sentencepiece import USER_DEFINED
 from pumice.tokenizer import Tokenizer
 

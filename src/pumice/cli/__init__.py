@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pumice.cli import convert, look, run
+from pumice.cli import convert, llava_cli, llava_flags, look, run, verify
 from pumice.cli.terminal import prepare_streams, print_error
 from pumice.errors import UserError
 
@@ -43,14 +43,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done, 1 a bug of ours, 2 something given was wrong, 130 stopped by you.",
+    epilog="Exit codes: 0 done, 1 a bug of ours or bounds not met, 2 something given was wrong, 130 stopped by you.",
 )
 app.command("run")(guarded(run.run))
 app.command("show")(guarded(look.show))
 app.command("prompt")(guarded(look.prompt))
+app.command("verify")(guarded(verify.verify))
 app.command("convert")(guarded(convert.convert))
 app.command("quantize")(guarded(convert.quantize))
 app.command("list")(guarded(look.list_models))
+app.command(
+    "llava-cli",
+    help=llava_flags.help_text(),
+    options_metavar="-m FILE [FLAGS]",
+    add_help_option=False,
+    no_args_is_help=True,
+    # Not click's grammar: all words go to `llava_flags.read_flags` as they came.
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False},
+)(guarded(llava_cli.llava_cli))
 
 
 @app.callback(invoke_without_command=True)

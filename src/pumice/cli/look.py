@@ -19,7 +19,7 @@ from pumice.errors import UserError
 
 if TYPE_CHECKING:
     from pumice.checkpoints import Checkpoint
-    from pumice.config import LlavaConfig
+    from pumice.config import LlavaConfig, Rotary
     from pumice.image import ImageLike, Prepared
     from pumice.question import Prompter, Seen
 
@@ -41,7 +41,7 @@ def show(
 ) -> None:
     """Show what a model is: sizes, template, image rules, the memory it will need."""
     checkpoint = options.source(model, template, preprocess, beside).checkpoint()
-    facts = described(checkpoint)
+    facts = described(checkpoint) | _card(checkpoint.path)
     if as_json:
         print(json.dumps(facts, ensure_ascii=False))
         return
@@ -71,7 +71,9 @@ def described(checkpoint: Checkpoint) -> dict[str, object]:
         "language_model": f"{text.layers} layers, width {text.width}, {text.heads} heads over {text.kv_heads}",
         "vocabulary": text.vocab,
         "positions": text.max_positions,
-        "rope_theta": text.rope_theta,
+        "window": text.window or "none: a token sees all before it",
+        "rope_theta": text.rotary.theta,
+        "rope_scaling": _scaling(text.rotary),
         "template": config.template,
         "end_tokens": " ".join(checkpoint.tokenizer.token_of(token) for token in config.stop_ids),
         "parameters": sum(parameters.values()),
@@ -80,6 +82,17 @@ def described(checkpoint: Checkpoint) -> dict[str, object]:
         "kv_bytes_per_1000_tokens": kv_bytes * 1000,
     }
     return facts | _image_cost(config, kv_bytes)
+
+
+def _scaling(rotary: Rotary) -> str:
+    said = [f"frequencies divided by {_range(rotary.divisors)}"] if rotary.divisors else []
+    said += [f"beyond {rotary.switch} tokens by {_range(rotary.long_divisors)}"] if rotary.long_divisors else []
+    said += [f"magnitude {rotary.magnitude:g}"] if rotary.magnitude != 1 else []
+    return ", ".join(said) or "none"
+
+
+def _range(divisors: tuple[float, ...]) -> str:
+    return " to ".join(f"{each:g}" for each in sorted({min(divisors), max(divisors)}))
 
 
 def _image_cost(config: LlavaConfig, kv_bytes: int) -> dict[str, object]:
@@ -91,6 +104,20 @@ def _image_cost(config: LlavaConfig, kv_bytes: int) -> dict[str, object]:
     edge = 4 * config.vision.image_px
     tokens = grid_for((edge, edge), config.image, config.vision).tokens
     return {"tokens_of_a_square_image": tokens, "kv_bytes_of_a_square_image": tokens * kv_bytes}
+
+
+def _card(path: Path) -> dict[str, object]:
+    """What the quality card in a GGUF file says, in a line; nothing where there is none."""
+    from pumice.checkpoints.card import read_card
+    from pumice.tasks.card import Card
+
+    text = read_card(path)
+    if text is None:
+        return {}
+    try:
+        return {"quality_card": Card.from_json(text).summary}
+    except UserError:
+        return {"quality_card": "one that cannot be read"}
 
 
 def _shown(name: str, value: object) -> str:

@@ -37,7 +37,9 @@ Preprocess = Annotated[Rule | None, typer.Option("--preprocess", help="Image rul
 Beside = Annotated[
     list[str] | None,
     typer.Option(
-        "--with", help="What the checkpoint needs beside it: CLIP tower, mmproj file, the model under a LoRA."
+        "--with",
+        "--mmproj",
+        help="What the checkpoint needs beside it: CLIP tower, mmproj file, the model under a LoRA.",
     ),
 ]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; as the file without it.")]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from pumice.engine.sampling import Sampler, Sampling
 from pumice.network.llama import Batch
 from pumice.network.llava import Llava
+from pumice.ops import Pages
 
 __all__ = ["Request", "Run", "Sampling", "Step", "position_bytes"]
 
@@ -51,29 +52,29 @@ class _Row:
     index: int
     request: Request
     sampler: Sampler
-    next_token: int = -1
-    new_tokens: int = 0
+    new_ids: list[int] = field(default_factory=list)
     ended: bool = False
 
     @property
     def length(self) -> int:
         """Positions in the cache: the prompt, and each new token but the last."""
-        return len(self.request.ids) + max(0, self.new_tokens - 1)
+        return len(self.request.ids) + max(0, len(self.new_ids) - 1)
 
 
 class RowCache:
     """Keys and values of several rows, left-aligned, each row of its own length; `network.llama.KeysValues`."""
 
     def __init__(self, model: Llava, rows: int) -> None:
-        like, config = model.like, model.config.text
-        empty_BKSE = like.new_empty(rows, config.kv_heads, 0, config.head_width)
+        config = model.config.text
+        empty_BKSE = model.like.new_empty(rows, config.kv_heads, 0, config.head_width, dtype=cache_type(model))
         self.keys, self.values = [empty_BKSE] * config.layers, [empty_BKSE] * config.layers
         self._rows = slice(0)
         self._positions_BT = torch.empty(0, 0, dtype=torch.long)
         self._length = 0
 
     def aim(self, rows: slice, positions_BT: Tensor, length: int) -> None:
-        """The next pass writes the positions of these rows and reads the first `length` positions."""
+        """The next pass writes the positions of these rows and reads the first `length` positions. A single row writes
+        the last of these."""
         self._rows, self._positions_BT, self._length = rows, positions_BT, length
         self.widen(length)
 
@@ -87,10 +88,18 @@ class RowCache:
 
     def extend(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
         k_BKSE, v_BKSE = self.keys[layer][self._rows], self.values[layer][self._rows]
-        every_B1 = torch.arange(len(k_BKSE), device=k_BKSE.device)[:, None]
-        k_BKSE[every_B1, :, self._positions_BT] = k_BKTE.transpose(1, 2)
-        v_BKSE[every_B1, :, self._positions_BT] = v_BKTE.transpose(1, 2)
+        for cached_BKSE, new_BKTE in ((k_BKSE, k_BKTE), (v_BKSE, v_BKTE)):
+            if len(cached_BKSE) == 1:
+                cached_BKSE[:, :, self._length - new_BKTE.shape[2] : self._length] = new_BKTE
+            else:
+                every_B1 = torch.arange(len(cached_BKSE), device=cached_BKSE.device)[:, None]
+                cached_BKSE[every_B1, :, self._positions_BT] = new_BKTE.transpose(1, 2).to(cached_BKSE.dtype)
         return k_BKSE[:, :, : self._length], v_BKSE[:, :, : self._length]
+
+    def pages(self) -> Pages:
+        """Each row is one page."""
+        keys, values = ([each[self._rows] for each in layers] for layers in (self.keys, self.values))
+        return Pages(keys, values, torch.arange(len(keys[0]))[:, None])
 
     def keep(self, places: list[int]) -> None:
         """Drop all other rows; the kept ones close up."""
@@ -101,7 +110,12 @@ class RowCache:
 def position_bytes(model: Llava) -> int:
     """What the keys and values of one position take."""
     config = model.config.text
-    return 2 * config.layers * config.kv_heads * config.head_width * model.like.itemsize
+    return 2 * config.layers * config.kv_heads * config.head_width * cache_type(model).itemsize
+
+
+def cache_type(model: Llava) -> torch.dtype:
+    """The type of keys and values: that of the network; beside weights in blocks half precision, as llama.cpp has."""
+    return torch.float16 if model.in_blocks else model.like.dtype
 
 
 def _widened(cached_BKSE: Tensor, room: int) -> Tensor:
@@ -128,11 +142,15 @@ class Run:
 
     @torch.inference_mode()
     def step(self) -> list[Step]:
-        """One pass: the prefill of the next waiting row, or one more token for every row. Empty when all have ended."""
+        """One pass: the prefill of the next waiting row, or one more token for every row. Empty when all have ended.
+
+        A row that outgrows the rotary switch is read in again: from there on all its keys turn otherwise.
+        """
         started = time.perf_counter()
         for place, row in enumerate(self._rows):
-            if row.new_tokens == 0 and not row.ended:
-                return [self._advance(row, self._prefill(place, row), started, prefill=True)]
+            outgrows = row.length == self._model.config.text.rotary.switch
+            if not row.ended and (outgrows or not row.new_ids):
+                return [self._advance(row, self._prefill(place, row), started, prefill=not row.new_ids)]
         self._retire()
         if not self._rows:
             return []
@@ -152,16 +170,18 @@ class Run:
             self._rows = [self._rows[place] for place in alive]
 
     def _prefill(self, place: int, row: _Row) -> Tensor:
-        ids_1T = torch.tensor([row.request.ids], device=self._device)
-        positions_1T = torch.arange(ids_1T.shape[1], device=self._device)[None]
-        self._cache.aim(slice(place, place + 1), positions_1T, ids_1T.shape[1])
-        embedded_1TD = self._model.embed(ids_1T, row.request.features)
+        embedded_1TD = self._model.embed(torch.tensor([row.request.ids], device=self._device), row.request.features)
+        if row.new_ids:
+            new_1TD = self._model.language_model.embed_tokens(torch.tensor([row.new_ids], device=self._device))
+            embedded_1TD = torch.cat((embedded_1TD, new_1TD), dim=1)
+        positions_1T = torch.arange(embedded_1TD.shape[1], device=self._device)[None]
+        self._cache.aim(slice(place, place + 1), positions_1T, embedded_1TD.shape[1])
         hidden_1TD = self._model(embedded_1TD, Batch(positions_1T, cache=self._cache))
         return self._model.logits(hidden_1TD[0, -1])
 
     def _decode(self) -> Tensor:
         lengths = [row.length for row in self._rows]
-        ids_B1 = torch.tensor([[row.next_token] for row in self._rows], device=self._device)
+        ids_B1 = torch.tensor([row.new_ids[-1:] for row in self._rows], device=self._device)
         positions_B1 = torch.tensor(lengths, device=self._device)[:, None]
         longest = max(lengths) + 1
         self._cache.aim(slice(None), positions_B1, longest)
@@ -173,12 +193,12 @@ class Run:
         return self._model.logits(hidden_B1D[:, 0])
 
     def _advance(self, row: _Row, logits_V: Tensor, started: float, *, prefill: bool) -> Step:
-        row.next_token = row.sampler.draw(logits_V)
-        row.new_tokens += 1
+        token = row.sampler.draw(logits_V)
+        row.new_ids.append(token)
         reason: Reason | None = None
-        if row.next_token in self._model.config.stop_ids:
+        if token in self._model.config.stop_ids:
             reason = "stop"
-        elif row.new_tokens >= row.request.sampling.max_tokens or row.length >= self._model.config.text.max_positions:
+        elif len(row.new_ids) >= row.request.sampling.max_tokens or row.length >= self._model.config.text.max_positions:
             reason = "length"
         row.ended = reason is not None
-        return Step(row.index, row.next_token, reason, time.perf_counter() - started, prefill)
+        return Step(row.index, token, reason, time.perf_counter() - started, prefill)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pumice import ops
 from pumice.config import VisionConfig
-from pumice.network.layers import Linear
+from pumice.network.layers import Linear, together
 
 
 class Embeddings(nn.Module):
@@ -42,10 +42,9 @@ class Attention(nn.Module):
         self.out_proj = Linear(config.width, config.width)
 
     def forward(self, x_NTD: Tensor) -> Tensor:
-        q_NHTE, k_NHTE, v_NHTE = (
-            project(x_NTD).unflatten(-1, (self.heads, self.head_width)).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        heads_NTHE = (*x_NTD.shape[:2], self.heads, self.head_width)
+        projected = together(x_NTD, self.q_proj, self.k_proj, self.v_proj)
+        q_NHTE, k_NHTE, v_NHTE = (each_NTD.reshape(heads_NTHE).transpose(1, 2) for each_NTD in projected)
         mixed_NHTE = ops.attention(q_NHTE, k_NHTE, v_NHTE)
         return self.out_proj(mixed_NHTE.transpose(1, 2).flatten(2))
 

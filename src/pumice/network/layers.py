@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,11 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return ops.linear(input, self.weight, self.bias)
+
+
+def together(x_TD: Tensor, *layers: Linear) -> Sequence[Tensor]:
+    """Each layer's output from one input, which is prepared once."""
+    return ops.linears(x_TD, [each.weight for each in layers], [each.bias for each in layers])
 
 
 class Embedding(nn.Embedding):

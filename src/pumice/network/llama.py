@@ -7,14 +7,18 @@ published weights; rotary channels are in Transformers' half-split order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from pumice import ops
 from pumice.config import TextConfig
-from pumice.network.layers import Embedding, Linear, RmsNorm
+from pumice.network.layers import Embedding, Linear, RmsNorm, together
+from pumice.ops import Blocks, BlocksShape, BlockWeights, Pages
+from pumice.quant import QTensor
 
 
 class KeysValues(Protocol):
@@ -22,6 +26,10 @@ class KeysValues(Protocol):
 
     def extend(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new keys and values of a layer; return all of them, (B, K, S, E) each."""
+        ...
+
+    def pages(self) -> Pages:
+        """Where this pass finds and puts the keys and values of its rows."""
         ...
 
 
@@ -40,6 +48,20 @@ class Batch:
     cache: KeysValues | None = None
 
 
+def windowed(batch: Batch, window: int | None) -> Batch:
+    """The batch with a mask that hides what lies `window` positions or more before a query, once any row is that long.
+
+    The key of position s stands at place s, in a cache and in a pass without one.
+    """
+    longest = 0 if window is None else int(batch.positions_BT.max()) + 1
+    if window is None or longest <= window:
+        return batch
+    distance_BTS = batch.positions_BT[..., None] - torch.arange(longest, device=batch.positions_BT.device)
+    near_BTS = (distance_BTS >= 0) & (distance_BTS < window)
+    mask_BTS = near_BTS if batch.mask_BTS is None else near_BTS & batch.mask_BTS
+    return replace(batch, mask_BTS=mask_BTS, causal=False)
+
+
 class Attention(nn.Module):
     def __init__(self, config: TextConfig, layer: int) -> None:
         super().__init__()
@@ -51,10 +73,9 @@ class Attention(nn.Module):
         self.o_proj = Linear(inner, config.width, bias=False)
 
     def forward(self, x_BTD: Tensor, turn: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
-        q_BHTE = self._heads(self.q_proj(x_BTD))
-        k_BKTE = ops.rotate(self._heads(self.k_proj(x_BTD)), *turn)
-        v_BKTE = self._heads(self.v_proj(x_BTD))
-        q_BHTE = ops.rotate(q_BHTE, *turn)
+        projected = together(x_BTD, self.q_proj, self.k_proj, self.v_proj)
+        q_BHTE, k_BKTE, v_BKTE = (self._heads(each_BTX) for each_BTX in projected)
+        q_BHTE, k_BKTE = ops.rotate(q_BHTE, *turn), ops.rotate(k_BKTE, *turn)
         if batch.cache is not None:
             k_BKTE, v_BKTE = batch.cache.extend(self.layer, k_BKTE, v_BKTE)
         mixed_BHTE = ops.attention(q_BHTE, k_BKTE, v_BKTE, batch.mask_BTS, causal=batch.causal)
@@ -73,7 +94,7 @@ class Mlp(nn.Module):
         self.down_proj = Linear(config.ffn_width, config.width, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down_proj(ops.gated_mlp(self.gate_proj(x_BTD), self.up_proj(x_BTD)))
+        return self.down_proj(ops.gated_mlp(*together(x_BTD, self.gate_proj, self.up_proj)))
 
 
 class Block(nn.Module):
@@ -83,6 +104,17 @@ class Block(nn.Module):
         self.mlp = Mlp(config)
         self.input_layernorm = RmsNorm(config.width, config.norm_eps)
         self.post_attention_layernorm = RmsNorm(config.width, config.norm_eps)
+
+    def weights(self) -> BlockWeights | None:
+        """What `ops.Blocks` takes; None where a matrix is not in blocks."""
+        attention, mlp = self.self_attn, self.mlp
+        layers = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        matrices: list[object] = [each.weight for each in (*layers, mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+        norms = (self.input_layernorm.weight, self.post_attention_layernorm.weight)
+        in_blocks = [each for each in matrices if isinstance(each, QTensor)]
+        if len(in_blocks) < len(matrices) or any(each.dtype != torch.float32 for each in norms):
+            return None
+        return BlockWeights(in_blocks, [each.bias for each in layers[:3]], norms)
 
     def forward(self, x_BTD: Tensor, turn: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), turn, batch)
@@ -99,8 +131,23 @@ class LanguageModel(nn.Module):
 
     def forward(self, x_BTD: Tensor, batch: Batch) -> Tensor:
         """Hidden states after the final norm, (B, T, D), from embeddings of the same shape."""
-        cos_BTE, sin_BTE = ops.rotary(batch.positions_BT, self.config.head_width, self.config.rope_theta)
+        cos_BTE, sin_BTE = ops.rotary(batch.positions_BT, self.config.head_width, self.config.rotary)
         turn = (cos_BTE.to(x_BTD.dtype), sin_BTE.to(x_BTD.dtype))
+        if batch.cache is not None and ops.is_short_pass(x_BTD) and self._at_once is not None:
+            # In a cache a query sees its row up to its own position, whatever the mask was made for.
+            return self.norm(self._at_once.run(x_BTD, turn, batch.positions_BT, batch.cache.pages()))
+        batch = windowed(batch, self.config.window)
         for block in self.layers:
             x_BTD = block(x_BTD, turn, batch)
         return self.norm(x_BTD)
+
+    @functools.cached_property
+    def _at_once(self) -> Blocks | None:
+        """The twin of the loop over the blocks: one call for all of them, if all their matrices are in blocks."""
+        config = self.config
+        found = [block.weights() for block in self.layers if isinstance(block, Block)]
+        weights = [each for each in found if each is not None]
+        if len(weights) < len(found) or config.head_width % 16:
+            return None
+        numbers = (config.heads, config.kv_heads, config.head_width, config.ffn_width)
+        return Blocks(weights, BlocksShape(*numbers, config.window or 0, config.norm_eps))

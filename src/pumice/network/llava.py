@@ -20,6 +20,7 @@ from pumice.image import Grid
 from pumice.network.clip import VisionTower
 from pumice.network.layers import Linear
 from pumice.network.llama import Batch, LanguageModel
+from pumice.quant import QTensor
 
 
 class Projector(nn.Module):
@@ -58,6 +59,13 @@ class Llava(nn.Module):
     def like(self) -> Tensor:
         """A tensor of the type and on the device that the network computes with."""
         return self.language_model.norm.weight
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether the language model's weights are quantised."""
+        return any(
+            isinstance(each.weight, QTensor) for each in self.language_model.modules() if isinstance(each, Linear)
+        )
 
     def encode(self, pixels_N3YX: Tensor, grids: Sequence[Grid]) -> list[Tensor]:
         """Features of several images, (grid.tokens, D) each, from all their tiles in one pass.

@@ -1,5 +1,6 @@
 """The operations of the networks, and which code runs each: the only place where hardware matters.
 
+Tensors on a CPU that need no gradient go to the kernels of `cpu` where there is one, all others to PyTorch.
 `PUMICE_OPS=reference` runs the plain definitions everywhere, to tell a wrong kernel from a wrong network.
 """
 
@@ -7,16 +8,34 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from pumice.errors import UserError, nearest
-from pumice.ops import fused, reference
-from pumice.ops.reference import gated_mlp, quick_gelu, rms_norm, rotary, rotate
+from pumice.ops import cpu, fused, reference
+from pumice.ops.cpu import Blocks, BlocksShape, BlockWeights, Pages
+from pumice.ops.reference import quick_gelu, rotary
 from pumice.quant import QTensor
 
-__all__ = ["attention", "embed", "gated_mlp", "linear", "quick_gelu", "rms_norm", "rotary", "rotate"]
+__all__ = [
+    "BlockWeights",
+    "Blocks",
+    "BlocksShape",
+    "Pages",
+    "attention",
+    "embed",
+    "gated_mlp",
+    "is_short_pass",
+    "linear",
+    "linears",
+    "quick_gelu",
+    "rms_norm",
+    "rotary",
+    "rotate",
+]
 
 BACKENDS = {"fused": fused, "reference": reference}
 
@@ -29,11 +48,26 @@ def _backend() -> ModuleType:
     return BACKENDS[name]
 
 
+def _by_kernels(x: Tensor) -> bool:
+    """Whether the kernels of `cpu` take over: on a CPU, where no gradient is asked for."""
+    return x.device.type == "cpu" and _backend() is fused and not (torch.is_grad_enabled() and x.requires_grad)
+
+
 def linear(x_TD: Tensor, weight_FD: Tensor | QTensor, bias_F: Tensor | None) -> Tensor:
     """x Wᵀ + b: see `reference.linear`."""
     if isinstance(weight_FD, QTensor):
+        if _by_kernels(x_TD):
+            return cpu.linears(x_TD, [weight_FD], [bias_F])[0]
         weight_FD = weight_FD.dense(x_TD.dtype)
     return _backend().linear(x_TD, weight_FD, bias_F)
+
+
+def linears(x_TD: Tensor, weights: Sequence[Tensor | QTensor], biases: Sequence[Tensor | None]) -> Sequence[Tensor]:
+    """`linear` of one input with several matrices."""
+    in_blocks = [each for each in weights if isinstance(each, QTensor)]
+    if len(in_blocks) == len(weights) and _by_kernels(x_TD):
+        return cpu.linears(x_TD, in_blocks, biases)
+    return [linear(x_TD, weight, bias) for weight, bias in zip(weights, biases)]
 
 
 def embed(ids_T: Tensor, weight_VD: Tensor | QTensor) -> Tensor:
@@ -41,8 +75,43 @@ def embed(ids_T: Tensor, weight_VD: Tensor | QTensor) -> Tensor:
     return weight_VD.rows(ids_T) if isinstance(weight_VD, QTensor) else reference.embed(ids_T, weight_VD)
 
 
+def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """See `reference.rms_norm`."""
+    if x_D.dtype == weight_D.dtype == torch.float32 and _by_kernels(x_D) and not _learns(weight_D):
+        return cpu.rms_norm(x_D, weight_D, eps)
+    return reference.rms_norm(x_D, weight_D, eps)
+
+
+def gated_mlp(gate: Tensor, up: Tensor) -> Tensor:
+    """See `reference.gated_mlp`."""
+    if gate.dtype == up.dtype == torch.float32 and _by_kernels(gate) and not _learns(up):
+        return cpu.gated_mlp(gate, up)
+    return reference.gated_mlp(gate, up)
+
+
+def rotate(x_BHTE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
+    """See `reference.rotate`."""
+    if x_BHTE.dtype == cos_BTE.dtype == torch.float32 and _by_kernels(x_BHTE):
+        return cpu.rotate(x_BHTE, cos_BTE, sin_BTE)
+    return reference.rotate(x_BHTE, cos_BTE, sin_BTE)
+
+
 def attention(
     q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask_BTS: Tensor | None = None, *, causal: bool = False
 ) -> Tensor:
-    """Softmax attention with grouped key/value heads: see `reference.attention`."""
-    return _backend().attention(q_BHTE, k_BKSE, v_BKSE, mask_BTS, causal)
+    """Softmax attention with grouped key/value heads: see `reference.attention`. Keys and values may be of a narrower
+    type than the queries."""
+    tokens, width = q_BHTE.shape[2:]
+    few = tokens <= cpu.FEW_QUERIES and width % 8 == 0 and not causal
+    if few and q_BHTE.dtype == torch.float32 and k_BKSE.dtype in cpu.KEY_TYPES and _by_kernels(q_BHTE):
+        return cpu.attention(q_BHTE, k_BKSE, v_BKSE, mask_BTS)
+    return _backend().attention(q_BHTE, k_BKSE.to(q_BHTE.dtype), v_BKSE.to(q_BHTE.dtype), mask_BTS, causal)
+
+
+def is_short_pass(x_BTD: Tensor) -> bool:
+    """Whether so few positions pass, on a CPU, that `Blocks` is the faster form of the language model's blocks."""
+    return x_BTD.shape[0] * x_BTD.shape[1] <= cpu.FEW_QUERIES and x_BTD.dtype == torch.float32 and _by_kernels(x_BTD)
+
+
+def _learns(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad

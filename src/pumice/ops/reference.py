@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pumice.config import Rotary
+
 
 def linear(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
     """x Wᵀ + b over the last axis."""
@@ -33,16 +35,22 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-def rotary(positions_BT: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary(positions_BT: Tensor, head_width: int, rotary: Rotary) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding (Su et al. 2021), float32, shape (B, T, head_width).
 
-    Half-split order, as in Transformers: the angle of channel i equals that of channel i + head_width/2.
+    Half-split order, as in Transformers: the angle of channel i equals that of channel i + head_width/2. A row whose
+    last position is `rotary.switch` or beyond turns by the long divisors.
     """
-    exponent = torch.arange(0, head_width, 2, dtype=torch.int64, device=positions_BT.device).float() / head_width
-    frequency = 1.0 / theta**exponent
+    like = positions_BT.device
+    exponent = torch.arange(0, head_width, 2, dtype=torch.int64, device=like).float() / head_width
+    base = rotary.theta**exponent
+    frequency = 1.0 / (torch.tensor(rotary.divisors, device=like) * base if rotary.divisors else base)
+    if rotary.switch is not None:
+        beyond_B11 = positions_BT.amax(1)[:, None, None] >= rotary.switch
+        frequency = torch.where(beyond_B11, 1.0 / (torch.tensor(rotary.long_divisors, device=like) * base), frequency)
     angle = positions_BT[..., None].float() * frequency
     angle = torch.cat((angle, angle), dim=-1)
-    return angle.cos(), angle.sin()
+    return angle.cos() * rotary.magnitude, angle.sin() * rotary.magnitude
 
 
 def rotate(x_BHTE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:

@@ -1,0 +1,371 @@
+"""The C++ kernels of ops/native, loaded by ctypes: products with weights in blocks, and small operations in one pass.
+
+B rows · T query positions · S key positions · D, F widths · H heads · K key/value heads · E width of a head
+
+The library is loaded after torch, so that both run on the threads of one OpenMP. `PUMICE_CPU` names an instruction set
+(portable, avx2, avx512) to use instead of the best one that this CPU has.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+from collections.abc import Sequence
+from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pumice.errors import UserError, nearest
+from pumice.quant import QTensor
+
+LIBRARY = "libpumice_cpu.so"
+INSTRUCTION_SETS = {"portable": 0, "avx2": 1, "avx512": 2}
+KEY_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+FEW_QUERIES = 8
+"""More queries than this go to PyTorch's attention, which multiplies matrices."""
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        ("data", c_void_p),
+        ("row_bytes", c_int64),
+        ("rows", c_int64),
+        ("out", c_void_p),
+        ("out_stride", c_int64),
+        ("bias", c_void_p),
+        ("format", c_int32),
+    )
+
+
+class _Pages(ctypes.Structure):
+    _fields_ = (
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("table", c_void_p),
+        ("row_pages", c_int64),
+        ("page_stride", c_int64),
+        ("page", c_int64),
+        ("head_stride", c_int64),
+        ("token_stride", c_int64),
+        ("type", c_int32),
+    )
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = (
+        ("q", c_void_p),
+        ("q_row_stride", c_int64),
+        ("q_head_stride", c_int64),
+        ("q_token_stride", c_int64),
+        ("pages", _Pages),
+        ("places", c_void_p),
+        ("mask", c_void_p),
+        ("out", c_void_p),
+        ("rows", c_int64),
+        ("tokens", c_int64),
+        ("heads", c_int64),
+        ("kv_heads", c_int64),
+        ("head_width", c_int64),
+        ("positions", c_int64),
+        ("window", c_int64),
+    )
+
+
+class _Block(ctypes.Structure):
+    _fields_ = (
+        *((name, _Matrix) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        ("input_norm", c_void_p),
+        ("mlp_norm", c_void_p),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+    )
+
+
+class _Pass(ctypes.Structure):
+    _fields_ = (
+        ("x", c_void_p),
+        ("cosine", c_void_p),
+        ("sine", c_void_p),
+        ("places", c_void_p),
+        ("pages", _Pages),
+        ("rows", c_int64),
+        ("tokens", c_int64),
+        ("heads", c_int64),
+        ("kv_heads", c_int64),
+        ("head_width", c_int64),
+        ("width", c_int64),
+        ("ffn_width", c_int64),
+        ("window", c_int64),
+        ("eps", c_float),
+    )
+
+
+_SIGNATURES: dict[str, tuple[type | None, Sequence[type]]] = {
+    "pumice_best_isa": (c_int32, ()),
+    "pumice_scratch_bytes": (c_int64, (c_int32, c_int64, c_int64, c_int32)),
+    "pumice_matmul": (
+        None,
+        (c_int32, POINTER(_Matrix), c_int32, c_void_p, c_int64, c_int64, c_int64, c_int32, c_void_p),
+    ),
+    "pumice_rms_norm": (
+        None,
+        (c_int32, c_void_p, c_int64, c_void_p, c_float, c_int64, c_int64, c_void_p, c_int32),
+    ),
+    "pumice_gated_mlp": (None, (c_int32, c_void_p, c_void_p, c_int64, c_void_p, c_int32)),
+    "pumice_rotate": (
+        None,
+        (c_int32, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int32),
+    ),
+    "pumice_attention": (None, (c_int32, POINTER(_Attention), c_int32, c_void_p)),
+    "pumice_blocks_bytes": (c_int64, (c_int32, POINTER(_Pass), c_int32)),
+    "pumice_blocks": (None, (c_int32, POINTER(_Block), c_int32, POINTER(_Pass), c_int32, c_void_p)),
+}
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The kernels. Raises UserError when they were not built."""
+    for folder in sys.modules[__package__].__path__:
+        path = Path(folder) / LIBRARY
+        if path.exists():
+            loaded = ctypes.CDLL(str(path))
+            for name, (result, arguments) in _SIGNATURES.items():
+                function = getattr(loaded, name)
+                function.restype, function.argtypes = result, list(arguments)
+            return loaded
+    raise UserError(
+        f"pumice's CPU kernels ({LIBRARY}) are not beside its code",
+        hint="install pumice with pip, which builds them; PUMICE_OPS=reference runs slowly without them",
+    )
+
+
+@functools.cache
+def instruction_set() -> int:
+    """The number of the instruction set in use. Raises UserError for a PUMICE_CPU that this CPU lacks."""
+    best = int(library().pumice_best_isa())
+    name = os.environ.get("PUMICE_CPU")
+    if name is None:
+        return best
+    if name not in INSTRUCTION_SETS:
+        raise UserError(f"PUMICE_CPU is {name!r}, which is no instruction set", hint=nearest(name, INSTRUCTION_SETS))
+    if INSTRUCTION_SETS[name] > best:
+        raise UserError(f"PUMICE_CPU is {name!r}, which this CPU does not have", hint="leave it out")
+    return INSTRUCTION_SETS[name]
+
+
+def _matrix(weight: QTensor, bias_F: Tensor | None, out_MF: Tensor | None) -> _Matrix:
+    rows, row_bytes = weight.data_RB.shape
+    out = (None, 0) if out_MF is None else (out_MF.data_ptr(), out_MF.shape[1])
+    bias = None if bias_F is None else bias_F.data_ptr()
+    return _Matrix(weight.data_RB.data_ptr(), row_bytes, rows, *out, bias, weight.format.id)
+
+
+def _whole(weight: QTensor) -> QTensor:
+    """The matrix with its rows one behind the other, as the kernels read them."""
+    return weight if weight.data_RB.is_contiguous() else replace(weight, data_RB=weight.data_RB.contiguous())
+
+
+def _plain(bias_F: Tensor | None) -> Tensor | None:
+    return None if bias_F is None else bias_F.detach().to(torch.float32).contiguous()
+
+
+def linears(x_TD: Tensor, weights: Sequence[QTensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    """x Wᵀ + b for each matrix in blocks; the activations are rounded once, to eight bits (docs/kernels.md).
+
+    x_TD: any leading shape; its type is the result's.
+    """
+    rows_MD = x_TD.reshape(-1, x_TD.shape[-1]).to(torch.float32).contiguous()
+    m, k = rows_MD.shape
+    outs = [torch.empty(m, weight.shape[0]) for weight in weights]
+    if m:
+        whole, plain = [_whole(each) for each in weights], [_plain(each) for each in biases]
+        matrices = (_Matrix * len(outs))(*(_matrix(*each) for each in zip(whole, plain, outs)))
+        isa, threads = instruction_set(), torch.get_num_threads()
+        scratch = torch.empty(library().pumice_scratch_bytes(isa, m, k, threads), dtype=torch.uint8)
+        library().pumice_matmul(isa, matrices, len(outs), rows_MD.data_ptr(), k, m, k, threads, scratch.data_ptr())
+    return [out_MF.to(x_TD.dtype).view(*x_TD.shape[:-1], -1) for out_MF in outs]
+
+
+def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """`reference.rms_norm` of float32."""
+    rows_MD = x_D.reshape(-1, x_D.shape[-1]).contiguous()
+    out_MD, weight_D = torch.empty_like(rows_MD), weight_D.contiguous()
+    m, width = rows_MD.shape
+    library().pumice_rms_norm(
+        instruction_set(),
+        rows_MD.data_ptr(),
+        width,
+        weight_D.data_ptr(),
+        eps,
+        m,
+        width,
+        out_MD.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out_MD.view(x_D.shape)
+
+
+def gated_mlp(gate: Tensor, up: Tensor) -> Tensor:
+    """`reference.gated_mlp` of float32."""
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    library().pumice_gated_mlp(
+        instruction_set(), gate.data_ptr(), up.data_ptr(), gate.numel(), out.data_ptr(), torch.get_num_threads()
+    )
+    return out
+
+
+def rotate(x_BHTE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
+    """`reference.rotate` of float32."""
+    x_BTHE = x_BHTE.transpose(1, 2).contiguous()
+    rows, tokens, heads, width = x_BTHE.shape
+    cos_BTE, sin_BTE = (each.expand(rows, tokens, width).contiguous() for each in (cos_BTE, sin_BTE))
+    out_BTHE = torch.empty_like(x_BTHE)
+    library().pumice_rotate(
+        instruction_set(),
+        x_BTHE.data_ptr(),
+        cos_BTE.data_ptr(),
+        sin_BTE.data_ptr(),
+        rows * tokens,
+        heads,
+        width,
+        out_BTHE.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out_BTHE.transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Keys and values of every layer, (N, K, page, E) each, N pages. table_RP: the pages of each row, in order."""
+
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    table_RP: Tensor
+
+
+def _pages(keys_NKSE: Tensor, values_NKSE: Tensor, table_RP: Tensor) -> _Pages:
+    page_stride, head_stride, token_stride, _ = keys_NKSE.stride()
+    return _Pages(
+        keys_NKSE.data_ptr(),
+        values_NKSE.data_ptr(),
+        table_RP.data_ptr(),
+        table_RP.shape[1],
+        page_stride,
+        keys_NKSE.shape[2],
+        head_stride,
+        token_stride,
+        KEY_TYPES[keys_NKSE.dtype],
+    )
+
+
+def attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask_BTS: Tensor | None) -> Tensor:
+    """`reference.attention` of a few float32 queries over keys and values of any type in KEY_TYPES; not causal.
+
+    Each row of keys is one page.
+    """
+    rows, heads, tokens, width = q_BHTE.shape
+    positions = k_BKSE.shape[2]
+    if k_BKSE.stride() != v_BKSE.stride() or k_BKSE.stride(3) != 1:
+        k_BKSE, v_BKSE = k_BKSE.contiguous(), v_BKSE.contiguous()
+    if q_BHTE.stride(3) != 1:
+        q_BHTE = q_BHTE.contiguous()
+    mask = None if mask_BTS is None else mask_BTS.expand(rows, tokens, positions).contiguous()
+    table_R1, out_BTHE = torch.arange(rows)[:, None], torch.empty(rows, tokens, heads, width)
+    threads = torch.get_num_threads()
+    scores = torch.empty(threads * positions)
+    described = _Attention(
+        q_BHTE.data_ptr(),
+        *q_BHTE.stride()[:3],
+        _pages(k_BKSE, v_BKSE, table_R1),
+        None,
+        None if mask is None else mask.data_ptr(),
+        out_BTHE.data_ptr(),
+        rows,
+        tokens,
+        heads,
+        k_BKSE.shape[1],
+        width,
+        positions,
+        0,
+    )
+    library().pumice_attention(instruction_set(), ctypes.byref(described), threads, scores.data_ptr())
+    return out_BTHE.transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """What a block of the language model multiplies with. matrices: q, k, v, o, gate, up, down. biases: those of q, k, v.
+    norms: before attention, before the MLP, float32."""
+
+    matrices: Sequence[QTensor]
+    biases: Sequence[Tensor | None]
+    norms: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class BlocksShape:
+    """The numbers that all blocks share. window: how many positions a query sees, 0 for all."""
+
+    heads: int
+    kv_heads: int
+    head_width: int
+    ffn_width: int
+    window: int
+    eps: float
+
+
+class Blocks:
+    """All blocks of a language model, described once to the kernels; the weights are held and must stay as they are."""
+
+    def __init__(self, blocks: Sequence[BlockWeights], shape: BlocksShape) -> None:
+        self.shape = shape
+        self._held: list[object] = []
+        self._blocks = (_Block * len(blocks))(*(self._described(each) for each in blocks))
+
+    def _described(self, block: BlockWeights) -> _Block:
+        matrices = [_whole(each) for each in block.matrices]
+        biases = [*(_plain(each) for each in block.biases), None, None, None, None]
+        norms = [each.detach().contiguous() for each in block.norms]
+        self._held += [matrices, biases, norms]
+        described = [_matrix(weight, bias, None) for weight, bias in zip(matrices, biases)]
+        return _Block(*described, *(each.data_ptr() for each in norms), None, None)
+
+    def run(self, x_BTD: Tensor, turn: tuple[Tensor, Tensor], positions_BT: Tensor, pages: Pages) -> Tensor:
+        """The hidden states after the last block, (B, T, D) float32; new keys and values are put into the pages.
+
+        turn: cosines and sines, (B, T, E). positions_BT: where each new position stands in its row, and how far back
+        it sees: all positions before it, within the model's window.
+        """
+        for block, keys, values in zip(self._blocks, pages.keys, pages.values, strict=True):
+            block.keys, block.values = keys.data_ptr(), values.data_ptr()
+        x_BTD, (rows, tokens, width) = x_BTD.clone(memory_format=torch.contiguous_format), x_BTD.shape
+        cos_BTE, sin_BTE = (each.expand(rows, tokens, -1).contiguous() for each in turn)
+        places_BT, table_RP = positions_BT.expand(rows, tokens).contiguous(), pages.table_RP.contiguous()
+        shape, isa, threads = self.shape, instruction_set(), torch.get_num_threads()
+        described = ctypes.byref(
+            _Pass(
+                x_BTD.data_ptr(),
+                cos_BTE.data_ptr(),
+                sin_BTE.data_ptr(),
+                places_BT.data_ptr(),
+                _pages(pages.keys[0], pages.values[0], table_RP),
+                rows,
+                tokens,
+                shape.heads,
+                shape.kv_heads,
+                shape.head_width,
+                width,
+                shape.ffn_width,
+                shape.window,
+                shape.eps,
+            )
+        )
+        memory = torch.empty(library().pumice_blocks_bytes(isa, described, threads), dtype=torch.uint8)
+        library().pumice_blocks(isa, self._blocks, len(self._blocks), described, threads, memory.data_ptr())
+        return x_BTD

@@ -1,0 +1,116 @@
+// All blocks of the language model in one call, for a few new positions: a step of decoding costs its memory's time, not
+// that of a hundred calls.
+
+template <class T> inline void keep_as(void* base, const Pages& pages, int64_t at, const float* in, int64_t heads, int64_t width) {
+    for (int64_t head = 0; head < heads; head++)
+        for (int64_t e = 0; e < width; e += WIDTH)
+            store((T*)base + at + head * pages.head_stride + e, load(in + head * width + e));
+}
+
+// The new keys or values, one row each of heads x width, to their places in the pages.
+inline void keep(void* base, const Pass& p, const float* in) {
+    const int64_t wide = p.kv_heads * p.head_width;
+    for (int64_t i = 0; i < p.rows * p.tokens; i++) {
+        const int64_t place = p.places[i], row = i / p.tokens;
+        const int64_t page = p.pages.table[row * p.pages.row_pages + place / p.pages.page];
+        const int64_t at = page * p.pages.page_stride + place % p.pages.page * p.pages.token_stride;
+        if (p.pages.type == OF_FLOAT)
+            keep_as<float>(base, p.pages, at, in + i * wide, p.kv_heads, p.head_width);
+        else if (p.pages.type == OF_HALF)
+            keep_as<Half>(base, p.pages, at, in + i * wide, p.kv_heads, p.head_width);
+        else
+            keep_as<Bfloat>(base, p.pages, at, in + i * wide, p.kv_heads, p.head_width);
+    }
+}
+
+inline void add_to(float* x, const float* y, int64_t count) {
+    int64_t i = 0;
+    for (; i + WIDTH <= count; i += WIDTH) store(x + i, add(load(x + i), load(y + i)));
+    for (; i < count; i++) x[i] += y[i];
+}
+
+inline int64_t furthest(const Pass& p) {
+    int64_t most = 0;
+    for (int64_t i = 0; i < p.rows * p.tokens; i++) most = p.places[i] >= most ? p.places[i] + 1 : most;
+    return most;
+}
+
+// The memory of one pass, in floats but for the last part.
+struct Room {
+    int64_t m, inner, shared, widest;
+    int64_t normed, q, k, v, mixed, gate, up, scores, rest;
+
+    Room(const Pass& p, int threads) {
+        m = p.rows * p.tokens;
+        inner = p.heads * p.head_width;
+        shared = p.kv_heads * p.head_width;
+        widest = p.ffn_width > p.width ? p.ffn_width : p.width;
+        widest = inner > widest ? inner : widest;
+        normed = 0;
+        q = normed + m * p.width;
+        k = q + m * inner;
+        v = k + m * shared;
+        mixed = v + m * shared;
+        gate = mixed + m * inner;
+        up = gate + m * p.ffn_width;
+        scores = up + m * p.ffn_width;
+        rest = scores + threads * furthest(p);
+    }
+};
+
+inline int64_t blocks_bytes(const Pass& p, int threads) {
+    const Room room(p, threads);
+    return room.rest * 4 + scratch_bytes(room.m, room.widest, threads);
+}
+
+inline Matrix into(Matrix w, float* out) {
+    w.out = out;
+    w.out_stride = w.rows;
+    return w;
+}
+
+inline void blocks(const Block* first, int count, const Pass& p, int threads, uint8_t* memory) {
+    const Room room(p, threads);
+    float* f = (float*)memory;
+    float *normed = f + room.normed, *q = f + room.q, *k = f + room.k, *v = f + room.v, *mixed = f + room.mixed;
+    float *gate = f + room.gate, *up = f + room.up;
+    uint8_t* rest = memory + room.rest * 4;
+    const int64_t m = room.m;
+    Attention a = {};
+    a.q = q;
+    a.q_row_stride = p.tokens * room.inner;
+    a.q_head_stride = p.head_width;
+    a.q_token_stride = room.inner;
+    a.pages = p.pages;
+    a.places = p.places;
+    a.out = mixed;
+    a.rows = p.rows;
+    a.tokens = p.tokens;
+    a.heads = p.heads;
+    a.kv_heads = p.kv_heads;
+    a.head_width = p.head_width;
+    a.positions = furthest(p);
+    a.window = p.window;
+    for (const Block* block = first; block < first + count; block++) {
+        rms_norm(p.x, p.width, block->input_norm, p.eps, m, p.width, normed, threads);
+        const Matrix projections[3] = {into(block->q, q), into(block->k, k), into(block->v, v)};
+        matmul(projections, 3, normed, p.width, m, p.width, threads, rest);
+        rotate(q, p.cosine, p.sine, m, p.heads, p.head_width, q, threads);
+        rotate(k, p.cosine, p.sine, m, p.kv_heads, p.head_width, k, threads);
+        keep(block->keys, p, k);
+        keep(block->values, p, v);
+        a.pages.keys = block->keys;
+        a.pages.values = block->values;
+        attention(a, threads, f + room.scores);
+        const Matrix o = into(block->o, normed);
+        matmul(&o, 1, mixed, room.inner, m, room.inner, threads, rest);
+        add_to(p.x, normed, m * p.width);
+        rms_norm(p.x, p.width, block->mlp_norm, p.eps, m, p.width, normed, threads);
+        const Matrix gate_up[2] = {into(block->gate, gate), into(block->up, up)};
+        matmul(gate_up, 2, normed, p.width, m, p.width, threads, rest);
+        gated_mlp(gate, up, m * p.ffn_width, gate, threads);
+        const Matrix down = into(block->down, normed);
+        matmul(&down, 1, gate, p.ffn_width, m, p.ffn_width, threads, rest);
+        add_to(p.x, normed, m * p.width);
+    }
+}

@@ -1,0 +1,19 @@
+// What each instruction set provides. See the functions of the same names in matmul.inl, small.inl, attention.inl and blocks.inl.
+#pragma once
+#include "abi.h"
+
+struct Kernels {
+    void (*matmul)(const Matrix*, int, const float*, int64_t, int64_t, int64_t, int, uint8_t*);
+    int64_t (*scratch_bytes)(int64_t, int64_t, int);
+    void (*rms_norm)(const float*, int64_t, const float*, float, int64_t, int64_t, float*, int);
+    void (*gated_mlp)(const float*, const float*, int64_t, float*, int);
+    void (*rotate)(const float*, const float*, const float*, int64_t, int64_t, int64_t, float*, int);
+    void (*attention)(const Attention&, int, float*);
+    int64_t (*blocks_bytes)(const Pass&, int);
+    void (*blocks)(const Block*, int, const Pass&, int, uint8_t*);
+};
+
+extern const Kernels PORTABLE_KERNELS;
+#ifdef PUMICE_X86
+extern const Kernels AVX2_KERNELS, AVX512_KERNELS;
+#endif

@@ -1,0 +1,29 @@
+// The kernels for AVX2, FMA and F16C.
+#include "isa.h"
+
+#include <immintrin.h>
+#include <omp.h>
+
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+namespace avx2 {
+#include "formats.inl"
+#include "vector_avx2.inl"
+#include "levels_avx2.inl"
+#include "scales.inl"
+#include "rows.inl"
+#include "rows_avx2.inl"
+#include "micro_avx2.inl"
+#include "panel.inl"
+#include "matmul.inl"
+#include "small.inl"
+#include "attention.inl"
+#include "blocks.inl"
+}  // namespace avx2
+
+extern const Kernels AVX2_KERNELS = {
+    avx2::matmul, avx2::scratch_bytes, avx2::rms_norm, avx2::gated_mlp, avx2::rotate, avx2::attention,
+    avx2::blocks_bytes, avx2::blocks,
+};

@@ -1,0 +1,26 @@
+// The kernels for any CPU.
+#include "isa.h"
+
+#include <omp.h>
+
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+namespace portable {
+#include "formats.inl"
+#include "halves_portable.inl"
+#include "vector_portable.inl"
+#include "scales.inl"
+#include "rows.inl"
+#include "rows_portable.inl"
+#include "matmul.inl"
+#include "small.inl"
+#include "attention.inl"
+#include "blocks.inl"
+}  // namespace portable
+
+extern const Kernels PORTABLE_KERNELS = {
+    portable::matmul, portable::scratch_bytes, portable::rms_norm, portable::gated_mlp, portable::rotate, portable::attention,
+    portable::blocks_bytes, portable::blocks,
+};

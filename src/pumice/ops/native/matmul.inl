@@ -1,0 +1,103 @@
+// y = x Wᵀ for matrices in blocks that share their input, from the blocks as the file holds them.
+//
+// Few rows of activations: each row of weights is read once, in place, and multiplied with all of them. Many: see
+// panel.inl.
+
+// Up to so many rows of activations a panel costs more to make than it saves.
+constexpr int FEW_ROWS = 8;
+// Rows of weights that a thread takes at a time when they are few.
+constexpr int64_t SPAN = 64;
+
+// Rows `first` to `last` of weights with all rows of activations, four of these at a time.
+template <Format F> void few(const Matrix& w, const Activations& x, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+        const uint8_t* b = w.data + row * w.row_bytes;
+        const float bias = w.bias ? w.bias[row] : 0;
+        float sum[4];
+        for (int64_t m = 0, rows; m < x.m; m += rows) {
+            const int64_t left = x.m - m;
+            rows = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+            if (rows == 4)
+                row_products<F, 4>(b, x, m, sum);
+            else if (rows == 2)
+                row_products<F, 2>(b, x, m, sum);
+            else
+                row_products<F, 1>(b, x, m, sum);
+            for (int64_t r = 0; r < rows; r++) w.out[(m + r) * w.out_stride + row] = sum[r] + bias;
+        }
+    }
+}
+
+template <Format F> void panel(const Matrix& w, const Activations& x, int64_t first, float* c);
+
+template <Format F> void part(const Matrix& w, const Activations& x, int64_t first, int64_t last, float* c) {
+    if constexpr (PANEL > 1)
+        if (x.tile_rows > 0) {
+            for (; first < last; first += PANEL) panel<F>(w, x, first, c);
+            return;
+        }
+    few<F>(w, x, first, last);
+}
+
+inline void part_of(const Matrix& w, const Activations& x, int64_t first, int64_t last, float* c) {
+    switch (w.format) {
+        case Q4_0: return part<Q4_0>(w, x, first, last, c);
+        case Q4_1: return part<Q4_1>(w, x, first, last, c);
+        case Q5_0: return part<Q5_0>(w, x, first, last, c);
+        case Q5_1: return part<Q5_1>(w, x, first, last, c);
+        case Q8_0: return part<Q8_0>(w, x, first, last, c);
+        case Q2_K: return part<Q2_K>(w, x, first, last, c);
+        case Q3_K: return part<Q3_K>(w, x, first, last, c);
+        case Q4_K: return part<Q4_K>(w, x, first, last, c);
+        case Q5_K: return part<Q5_K>(w, x, first, last, c);
+        case Q6_K: return part<Q6_K>(w, x, first, last, c);
+        case IQ4_NL: return part<IQ4_NL>(w, x, first, last, c);
+    }
+}
+
+inline bool has_whole_scales(int32_t format) { return format >= Q2_K && format <= Q6_K; }
+
+// The bytes that `matmul` needs beside its arguments.
+inline int64_t scratch_bytes(int64_t m, int64_t k, int threads) {
+    return int64_t(2 * Activations::bytes(m, k)) + threads * m * PANEL * 4 + 256;
+}
+
+// Called from outside any parallel region. Each matrix is (rows, k) and multiplies the same x, (m, k), x_stride apart.
+inline void matmul(const Matrix* matrices, int count, const float* x, int64_t x_stride, int64_t m, int64_t k, int threads,
+                   uint8_t* scratch) {
+    const bool many = PANEL > 1 && m > FEW_ROWS;
+    uint8_t* at = (uint8_t*)((uintptr_t(scratch) + 63) & ~uintptr_t(63));
+    const Activations by_32(m, k, false, many ? TILE_ROWS_32 : 0, at);
+    at += (Activations::bytes(m, k) + 63) & ~size_t(63);
+    const Activations by_256(m, k, true, many ? TILE_ROWS_256 : 0, at);
+    at += (Activations::bytes(m, k) + 63) & ~size_t(63);
+    float* sums = (float*)at;
+    bool wants[2] = {false, false};
+    for (int i = 0; i < count; i++) wants[has_whole_scales(matrices[i].format)] = true;
+    const int64_t step = many ? 2 * PANEL : SPAN;
+    int64_t next = 0, spans = 0;
+    for (int i = 0; i < count; i++) spans += (matrices[i].rows + step - 1) / step;
+#pragma omp parallel num_threads(threads)
+    {
+        const int64_t cells = m * by_32.chunks;
+#pragma omp for schedule(static)
+        for (int64_t cell = 0; cell < cells; cell++) {
+            const int64_t chunk = cell % by_32.chunks, r = cell / by_32.chunks;
+            const float* in = x + r * x_stride + chunk * CHUNK;
+            if (wants[0]) by_32.fill(chunk, r, in);
+            if (wants[1]) by_256.fill(chunk, r, in);
+        }
+        float* c = sums + int64_t(omp_get_thread_num()) * m * PANEL;
+        for (;;) {
+            int64_t mine;
+#pragma omp atomic capture
+            mine = next++;
+            if (mine >= spans) break;
+            int i = 0;
+            for (; mine >= (matrices[i].rows + step - 1) / step; i++) mine -= (matrices[i].rows + step - 1) / step;
+            const Matrix& w = matrices[i];
+            const int64_t last = (mine + 1) * step < w.rows ? (mine + 1) * step : w.rows;
+            part_of(w, has_whole_scales(w.format) ? by_256 : by_32, mine * step, last, c);
+        }
+    }
+}

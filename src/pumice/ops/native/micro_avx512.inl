@@ -1,0 +1,114 @@
+// AVX-512 with VNNI: products of a panel of 32 rows of weights with a tile of int8 activations.
+//
+// vpdpbusd adds four products of unsigned levels and signed activations to an int32 sum. Multiplications of any kind
+// share its ports, so the scales of K-quants are applied in floating point, once for each sub-block.
+
+constexpr int PANEL = 32, TILE_ROWS_32 = 6, TILE_ROWS_256 = 4;
+
+template <Format F, bool = Traits<F>::whole> struct PanelChunk;
+
+template <Format F> struct PanelChunk<F, false> {
+    alignas(64) uint8_t level[CHUNK / 4][PANEL][4];
+    alignas(64) float scale[8][PANEL], offset[8][PANEL];
+
+    void put_scales(int row, const FloatScales& s) {
+        for (int j = 0; j < 8; j++) {
+            scale[j][row] = s.scale[j];
+            offset[j][row] = s.offset[j];
+        }
+    }
+};
+
+template <Format F> struct PanelChunk<F, true> {
+    static constexpr int subs = CHUNK / Traits<F>::sub;
+    alignas(64) uint8_t level[CHUNK / 4][PANEL][4];
+    alignas(64) float scale[subs][PANEL];
+    alignas(64) int16_t min[subs / 2][PANEL][2];  // two sub-blocks side by side
+    alignas(64) float d[PANEL], dmin[PANEL];
+
+    void put_scales(int row, const WholeScales& s) {
+        for (int j = 0; j < subs; j++) scale[j][row] = s.scale[j];
+        for (int j = 0; j < subs; j++) min[j / 2][row][j % 2] = s.min[j];
+        d[row] = s.d;
+        dmin[row] = s.dmin;
+    }
+};
+
+// The levels of PANEL rows, row after row of CHUNK bytes, into a panel's order.
+template <Format F> inline void put_levels(uint8_t* rows, int count, PanelChunk<F>& w) {
+    if constexpr (Traits<F>::bits == 8)
+        for (int i = 0; i < PANEL * CHUNK; i++) rows[i] ^= 128;
+    for (int first = 0; first < PANEL; first += 8)
+        for (int k = 0; k < count; k += 32)
+            transpose8(rows + first * CHUNK + k, CHUNK, w.level[k / 4][first], PANEL * 4);
+}
+
+inline __m512i four_bytes(const int8_t* x) {
+    int32_t v;
+    memcpy(&v, x, 4);
+    return _mm512_set1_epi32(v);
+}
+
+// Adds the products of `steps` groups of four weights: MR rows of activations by 32 rows of weights.
+template <int MR, int steps>
+inline __attribute__((always_inline)) void products(const uint8_t* w, const int8_t* x, __m512i (&sum)[MR][2]) {
+#pragma GCC unroll 8
+    for (int step = 0; step < steps; step++) {
+        const __m512i w0 = _mm512_load_si512(w + step * 128), w1 = _mm512_load_si512(w + step * 128 + 64);
+#pragma GCC unroll 8
+        for (int r = 0; r < MR; r++) {
+            const __m512i xr = four_bytes(x + (step * MR + r) * 4);
+            sum[r][0] = _mm512_dpbusd_epi32(sum[r][0], w0, xr);
+            sum[r][1] = _mm512_dpbusd_epi32(sum[r][1], w1, xr);
+        }
+    }
+}
+
+// c += the products of a tile of MR rows of activations with a panel's chunk.
+template <Format F, int MR> inline void tile(const PanelChunk<F>& w, int subs, const TileRows& x, float* c) {
+    __m512 y[MR][2];
+    if constexpr (Traits<F>::whole) {
+        constexpr int steps = Traits<F>::sub / 4;
+        for (int r = 0; r < MR; r++) y[r][0] = y[r][1] = _mm512_setzero_ps();
+        for (int j = 0; j < CHUNK / Traits<F>::sub; j++) {
+            __m512i sum[MR][2];
+            for (int r = 0; r < MR; r++) sum[r][0] = sum[r][1] = _mm512_setzero_si512();
+            products<MR, steps>(w.level[j * steps][0], x.level + j * steps * MR * 4, sum);
+            for (int v = 0; v < 2; v++) {
+                const __m512 scale = _mm512_load_ps(w.scale[j] + 16 * v);
+                for (int r = 0; r < MR; r++) y[r][v] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(sum[r][v]), y[r][v]);
+            }
+        }
+        for (int v = 0; v < 2; v++) {
+            const __m512 d = _mm512_load_ps(w.d + 16 * v), dmin = _mm512_load_ps(w.dmin + 16 * v);
+            for (int r = 0; r < MR; r++) {
+                __m512i low = _mm512_setzero_si512();
+                const int16_t* sums = x.sums<Traits<F>::sub>(r);
+                for (int j = 0; j < CHUNK / Traits<F>::sub / 2; j++)
+                    low = _mm512_dpwssd_epi32(low, _mm512_load_si512(w.min[j][16 * v]), four_bytes((const int8_t*)(sums + 2 * j)));
+                const __m512 product = _mm512_fnmadd_ps(dmin, _mm512_cvtepi32_ps(low), _mm512_mul_ps(d, y[r][v]));
+                float* out = c + r * PANEL + 16 * v;
+                _mm512_store_ps(out, _mm512_fmadd_ps(_mm512_set1_ps(x.scale(r)), product, _mm512_load_ps(out)));
+            }
+        }
+    } else {
+        for (int r = 0; r < MR; r++)
+            for (int v = 0; v < 2; v++) y[r][v] = _mm512_load_ps(c + r * PANEL + 16 * v);
+        for (int j = 0; j < subs; j++) {
+            __m512i sum[MR][2];
+            for (int r = 0; r < MR; r++) sum[r][0] = sum[r][1] = _mm512_set1_epi32(-middle<F> * x.sums<32>(r)[j]);
+            products<MR, 8>(w.level[8 * j][0], x.level + 8 * j * MR * 4, sum);
+            for (int v = 0; v < 2; v++) {
+                const __m512 scale = _mm512_load_ps(w.scale[j] + 16 * v), offset = _mm512_load_ps(w.offset[j] + 16 * v);
+                for (int r = 0; r < MR; r++) {
+                    const __m512 s = _mm512_mul_ps(scale, _mm512_set1_ps(x.scale(r, j)));
+                    y[r][v] = _mm512_fmadd_ps(s, _mm512_cvtepi32_ps(sum[r][v]), y[r][v]);
+                    if constexpr (middle<F> == 0)
+                        y[r][v] = _mm512_fmadd_ps(offset, _mm512_set1_ps(x.scaled_sum(r, j)), y[r][v]);
+                }
+            }
+        }
+        for (int r = 0; r < MR; r++)
+            for (int v = 0; v < 2; v++) _mm512_store_ps(c + r * PANEL + 16 * v, y[r][v]);
+    }
+}
