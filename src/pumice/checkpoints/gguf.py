@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from pumice.checkpoints import gguf_vocab
-from pumice.checkpoints.fields import Fields, shown
+from pumice.checkpoints.fields import Fields, decimal, shown
 from pumice.checkpoints.form import Checkpoint, checked, collected, unfused
 from pumice.checkpoints.gguf_eyes import PROJECTOR, PROJECTOR_PREFIX, Eyes, read_eyes
-from pumice.checkpoints.gguf_file import GgufFile, Stored, architecture, decimal, open_gguf
+from pumice.checkpoints.gguf_file import GgufFile, Stored, architecture, open_gguf
 from pumice.checkpoints.origin import Origin, as_folder, inner, origin_of
 from pumice.checkpoints.settings import MAX_LAYERS, SCALINGS, divisors, unsupported
 from pumice.checkpoints.sidefiles import TOKENIZER_FILES, known_template, usual_template
@@ -146,7 +146,7 @@ def _text_config(file: GgufFile) -> TextConfig:
         rotary=_rotary(file, kind, head_width, positions),
         norm_eps=decimal(fields.number(f"{kind}.attention.layer_norm_rms_epsilon")),
         max_positions=positions,
-        window=fields.whole(f"{kind}.attention.sliding_window", 0, least=0, most=2**24) or None,
+        window=_window(fields, kind),
         qkv_bias="blk.0.attn_q.bias" in file.tensors,
         tied_embeddings="output.weight" not in file.tensors,
     )
@@ -163,6 +163,12 @@ def _refuse_others(file: GgufFile, kind: str, head_width: int) -> None:
         raise fields.wrong(f"{kind}.attention.value_length", f"the width of a head, {head_width}")
 
 
+def _window(fields: Fields, kind: str) -> int | None:
+    """Of Phi-3 a key of llama.cpp's; of a Llama that pumice wrote one of its own."""
+    own = inner(fields, MODEL_KEY).whole("window", 0, least=0, most=2**24)
+    return fields.whole(f"{kind}.attention.sliding_window", own, least=0, most=2**24) or None
+
+
 def _rotary(file: GgufFile, kind: str, head_width: int, positions: int) -> Rotary:
     """Divisors of the frequencies are tensors (Llama 3.1 has one set, Phi-3 two), a linear scaling is metadata."""
     fields, half = file.fields, head_width // 2
@@ -170,7 +176,7 @@ def _rotary(file: GgufFile, kind: str, head_width: int, positions: int) -> Rotar
     if scaling not in ("none", "linear", "longrope"):
         raise unsupported(fields, f"rotary scaling is of type {shown(scaling)}", SCALINGS)
     factor = fields.number(f"{kind}.rope.scaling.factor", fields.number(f"{kind}.rope.scale_linear", 1.0))
-    factor = 1.0 if scaling == "none" else factor
+    factor = 1.0 if scaling == "none" else decimal(factor)
     theta = decimal(fields.number(f"{kind}.rope.freq_base", 1e4))
     magnitude = decimal(fields.number(f"{kind}.rope.scaling.attn_factor", 1.0))
     sets = {name: _divisors(file, name, half) for name in (*LONG_ROPE, LLAMA_3) if name in file.tensors}

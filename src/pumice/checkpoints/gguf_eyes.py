@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from pumice.checkpoints.fields import Fields, shown
+from pumice.checkpoints.fields import Fields, decimal, shown
 from pumice.checkpoints.form import collected
-from pumice.checkpoints.gguf_file import GgufFile, decimal, open_gguf
+from pumice.checkpoints.gguf_file import GgufFile, open_gguf
 from pumice.checkpoints.origin import inner, origin_of
 from pumice.checkpoints.settings import (
     MAX_LAYERS,

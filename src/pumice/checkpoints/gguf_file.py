@@ -122,11 +122,6 @@ def stored_bytes(shape: Sequence[int], format: Format) -> int:
     return math.prod(shape[:-1]) * format.row_bytes(shape[-1])
 
 
-def decimal(number: float) -> float:
-    """The number that a person wrote before it became a float32: 1e-05, not 9.99999974e-06."""
-    return float(str(np.float32(number)))
-
-
 def is_gguf(path: Path) -> bool:
     """Does the file say that it is a GGUF, or its name?"""
     if not path.is_file():

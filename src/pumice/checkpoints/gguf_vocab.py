@@ -122,8 +122,11 @@ _PHI_3_LEAVES_SPACE = ("<unk>", "<s>", "<|endoftext|>")
 
 def _is_phi_3(fields: Fields) -> bool:
     """By what llama.cpp goes by: the model's name, for Phi-3 is found under the architecture llama too."""
-    name = fields.text("general.name", "").lower()
-    return fields.raw("general.architecture") == "phi3" or "phi-3" in name or "phi3" in name
+    return fields.raw("general.architecture") == "phi3" or names_phi_3(fields.text("general.name", ""))
+
+
+def names_phi_3(name: str) -> bool:
+    return "phi-3" in name.lower() or "phi3" in name.lower()
 
 
 def _byte_level(fields: Fields, tokens: Sequence[str], kinds: Sequence[int]) -> dict[str, Any]:

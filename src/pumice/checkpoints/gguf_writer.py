@@ -15,11 +15,12 @@ import numpy as np
 import torch
 
 from pumice.checkpoints.form import Checkpoint
-from pumice.checkpoints.gguf import IN_BLOCK, MODEL_KEY, NAMES, turned
+from pumice.checkpoints.gguf import IN_BLOCK, LLAMA_3, LONG_ROPE, MODEL_KEY, NAMES, turned
 from pumice.checkpoints.gguf_file import ToStore, Value
+from pumice.checkpoints.gguf_vocab import names_phi_3
 from pumice.checkpoints.mixes import MIXES, Mix, format_of
 from pumice.checkpoints.recoded import FORMAT_OF, recoded
-from pumice.config import LlavaConfig, TextConfig
+from pumice.config import LlavaConfig, Rotary, TextConfig
 from pumice.quant import FORMATS, Format, QTensor
 
 EYES = ("vision_tower.", "multi_modal_projector.", "image_newline")
@@ -69,11 +70,24 @@ def _place(name: str) -> tuple[int, str]:
 
 
 def lm_tensors(checkpoint: Checkpoint, formats: Mapping[str, Format]) -> list[ToStore]:
-    return [
+    stored = [
         ToStore(
             key_of(name), checkpoint.tensors.shape(name), format, functools.partial(_load, checkpoint, name, format)
         )
         for name, format in formats.items()
+    ]
+    return [*_rotary_tensors(checkpoint.config.text.rotary), *stored]
+
+
+def _rotary_tensors(rotary: Rotary) -> list[ToStore]:
+    """Divisors of the frequencies, where they are not one number; both of llama.cpp's ways go with its Llama."""
+    sets = {LLAMA_3: rotary.divisors} if len(set(rotary.divisors)) > 1 else {}
+    if rotary.long_divisors:
+        short = rotary.divisors or (1.0,) * len(rotary.long_divisors)
+        sets = dict(zip(LONG_ROPE, (short, rotary.long_divisors), strict=True))
+    return [
+        ToStore(name, (len(each),), FORMATS["F32"], functools.partial(np.array, each, np.float32))
+        for name, each in sets.items()
     ]
 
 
@@ -89,13 +103,18 @@ def lm_values(config: LlavaConfig, name: str) -> dict[str, Value]:
     """The metadata of a language model, but for its tokenizer and its types."""
     text = config.text
     own: dict[str, object] = {"template": config.template, "stop_ids": list(config.stop_ids)}
+    if text.window is not None:
+        own["window"] = text.window
     if config.vision is not None:
         own["image_token_id"] = config.image_token_id
+    if config.template == "phi3" and not names_phi_3(name):
+        name = f"phi-3 {name}"  # by which llama.cpp knows that its special tokens take the white space behind them
     return {
         "general.architecture": Value("string", "llama"),
         "general.type": Value("string", "model"),
         "general.name": Value("string", name),
         **_numbers(text),
+        **_rotary_values(text.rotary),
         MODEL_KEY: Value("string", json.dumps(own)),
     }
 
@@ -117,6 +136,18 @@ def _numbers(text: TextConfig) -> dict[str, Value]:
     return {f"llama.{key}": Value("u32", count) for key, count in counts.items()} | {
         f"llama.{key}": Value("f32", number) for key, number in numbers.items()
     }
+
+
+def _rotary_values(rotary: Rotary) -> dict[str, Value]:
+    values = {}
+    if rotary.long_divisors:
+        assert rotary.switch is not None, "long divisors come with a switch"
+        values = {"type": Value("string", "longrope"), "original_context_length": Value("u32", rotary.switch)}
+    elif len(set(rotary.divisors)) == 1:
+        values = {"type": Value("string", "linear"), "factor": Value("f32", rotary.divisors[0])}
+    if rotary.magnitude != 1:
+        values["attn_factor"] = Value("f32", rotary.magnitude)
+    return {f"llama.rope.scaling.{key}": each for key, each in values.items()}
 
 
 def type_values(formats: Mapping[str, Format], mix: Mix | None, sizes: Mapping[str, int]) -> dict[str, Value]:

@@ -77,7 +77,12 @@ def _language_model(checkpoint: Checkpoint, path: Path, types: Types, origin: Or
     formats = lm_formats(checkpoint, types.mix)
     _refuse_again(checkpoint, formats, types)
     if checkpoint.format == "gguf":
-        values = dict(open_gguf(checkpoint.path).values) | _own(lm_values(checkpoint.config, path.stem))
+        # What the network is, is said anew: the source may be of another architecture.
+        source = open_gguf(checkpoint.path)
+        kept = {
+            key: each for key, each in source.values.items() if key.startswith(("general.", "tokenizer.", "pumice."))
+        }
+        values = kept | lm_values(checkpoint.config, source.fields.text("general.name", path.stem))
     else:
         values = lm_values(checkpoint.config, path.stem) | _vocabulary(checkpoint, notes)
     sizes = {name: stored_bytes(checkpoint.tensors.shape(name), format) for name, format in formats.items()}
@@ -86,6 +91,8 @@ def _language_model(checkpoint: Checkpoint, path: Path, types: Types, origin: Or
     if origin is not None:
         values |= {SOURCE_KEY: source_value(dtypes(checkpoint), origin.format, list(formats))}
         values |= file_values(origin.files)
+    if checkpoint.config.text.window is not None:
+        notes.append(f"llama.cpp lets a token see all before it, the model {checkpoint.config.text.window}")
     return _File(path, values | _card(types), lm_tensors(checkpoint, formats))
 
 
@@ -94,10 +101,6 @@ def _vocabulary(checkpoint: Checkpoint, notes: list[str]) -> dict[str, Value]:
     values, found = vocab_values(home, checkpoint.tokenizer, config.text.vocab, config.stop_ids)
     notes += found
     return values
-
-
-def _own(values: Mapping[str, Value]) -> dict[str, Value]:
-    return {key: each for key, each in values.items() if key.startswith("pumice.")}
 
 
 def _eyes(checkpoint: Checkpoint, path: Path, types: Types, origin: Origin | None, notes: list[str]) -> _File:
@@ -147,5 +150,5 @@ def _refuse_again(checkpoint: Checkpoint, formats: Mapping[str, Format], types: 
 
 
 def _card(types: Types) -> dict[str, Value]:
-    """Room for a quality card, to be filled in place."""
-    return {CARD_KEY: Value("string", NO_CARD)} if types.mix else {}
+    """Room for a quality card, to be filled in place; a card of the source says nothing of other types."""
+    return {CARD_KEY: Value("string", NO_CARD)} if types.mix or types.eyes else {}

@@ -89,7 +89,7 @@ def write_folder(
 
 def _put_back(folder: Path, checkpoint: Checkpoint, origin: Origin, dtype: torch.dtype | None) -> bool:
     """The small files of the source, if they still describe this model."""
-    if "config.json" not in origin.files:
+    if "config.json" not in origin.files or _joined(origin):
         return False
     put_files(folder, origin.files)
     if dtype is not None:
@@ -103,6 +103,12 @@ def _put_back(folder: Path, checkpoint: Checkpoint, origin: Origin, dtype: torch
         for name in origin.files:
             (folder / name).unlink()
     return same
+
+
+def _joined(origin: Origin) -> bool:
+    """Does the source's config.json ask for Phi-3's joined matrices? What is written has them apart, as a Llama's."""
+    config = Fields(json.loads(origin.files["config.json"]), "config.json")
+    return "phi3" in (config.raw("model_type"), config.inner("text_config").raw("model_type"))
 
 
 def _retyped(value: object, name: str) -> object:

@@ -11,10 +11,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pumice.cli import options
 from pumice.cli.options import AsJson, Beside, Template
+from pumice.cli.terminal import busy
+from pumice.cli.verify import print_card
+from pumice.errors import UserError
 
 if TYPE_CHECKING:
     from pumice.checkpoints.report import Progress, Report
+    from pumice.tasks.card import Card
 
 Source = Annotated[
     str,
@@ -39,6 +44,9 @@ FolderDtype = Annotated[
 Requantise = Annotated[
     bool, typer.Option("--allow-requantize", help="Quantise what is quantised already, at a second loss.")
 ]
+KeepCard = Annotated[
+    bool, typer.Option("--card", help="Then compare DST with SRC and keep the card in DST; SRC must fit in memory.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is at DST.")]
 
 
@@ -51,6 +59,7 @@ def convert(
     beside: Beside = None,
     template: Template = None,
     requantise: Requantise = False,
+    card: KeepCard = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -58,13 +67,22 @@ def convert(
 
     pumice convert llava-1.5-7b-hf llava.gguf --quant Q4_K_M
     """
+    if card and quant is None:
+        raise UserError("--card came without --quant", hint="name a type; what is as in SRC needs no card")
     from pumice.conversion import Choices
     from pumice.conversion import convert as converted
 
     with progress() as told:
         choices = Choices(dtype, template, requantise, force, told)
         report = converted(src, dst, quant=quant, vision=vision, beside=tuple(beside or ()), choices=choices)
-    print(json.dumps(described(report), ensure_ascii=False) if as_json else report)
+    kept = kept_card(src, dst, template, beside) if card else None
+    if as_json:
+        found = {"card": json.loads(kept.to_json())} if kept else {}
+        print(json.dumps(described(report) | found, ensure_ascii=False))
+        return
+    print(report)
+    if kept:
+        print_card(kept)
 
 
 def quantize(
@@ -74,6 +92,7 @@ def quantize(
     vision: Vision = None,
     beside: Beside = None,
     requantise: Requantise = False,
+    card: KeepCard = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -81,7 +100,16 @@ def quantize(
 
     pumice quantize llava-f16.gguf llava-q4.gguf --to Q4_K_M
     """
-    convert(src, dst, to, vision, None, beside, None, requantise, force, as_json)
+    convert(src, dst, to, vision, None, beside, None, requantise, card, force, as_json)
+
+
+def kept_card(src: str, dst: str, template: str | None, beside: list[str] | None) -> Card:
+    """How far what was written is from its source, as the card in it says from now on."""
+    with busy("comparing"):
+        from pumice.tasks.verify import verify
+
+        reference = options.source(src, template, None, beside)
+        return verify(options.source(dst, None, None, None), reference, keep=True)
 
 
 def described(report: Report) -> dict[str, object]:
