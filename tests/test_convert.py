@@ -24,7 +24,7 @@ import pumice
 import tiny
 from conftest import reference
 from pumice import Sampling, UserError, checkpoints
-from pumice.checkpoints.card import CARD_BYTES, CARD_KEY
+from pumice.checkpoints.card import CARD_BYTES, CARD_KEY, read_card
 from pumice.checkpoints.gguf import name_of
 from pumice.checkpoints.gguf_eyes import name_of as eyes_name_of
 from pumice.checkpoints.gguf_file import Value, open_gguf
@@ -706,9 +706,37 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert kinds["token_embd.weight"] == "Q6_K"  # it is the output too
     assert kinds["blk.1.ffn_down.weight"] == "Q5_0"  # 640 columns: no whole blocks of 256
     assert fields_of(tmp_path / "q.gguf")["general.file_type"] == 15
+    assert read_card(tmp_path / "q.gguf") is None
     done = command("quantize", tmp_path / "q.gguf", tmp_path / "r.gguf", "--to", "Q8_0")
     assert done.returncode == 2
     assert "--allow-requantize" in done.stderr
+
+
+def test_a_card_is_made_with_the_file(tmp_path: Path) -> None:
+    """The card that verify makes of the two; other types do not inherit it, a copy does."""
+    done = command("convert", "pebble", tmp_path / "p.gguf", "--card")
+    assert done.returncode == 2
+    assert "--card came without --quant" in done.stderr
+    assert not (tmp_path / "p.gguf").exists()
+    done = command("convert", "pebble", tmp_path / "p.gguf", "--quant", "Q8_0", "--card", "--json")
+    assert done.returncode == 0, done.stderr
+    kept = read_card(tmp_path / "p.gguf")
+    assert kept is not None
+    assert json.loads(kept) == json.loads(done.stdout)["card"]
+    card = pumice.verify(tmp_path / "p.gguf", "pebble")
+    assert card.to_json() == kept
+    assert 0 < card.whole.kl_mean < 0.1
+    pumice.convert(tmp_path / "p.gguf", tmp_path / "copy.gguf")
+    assert read_card(tmp_path / "copy.gguf") == kept
+    pumice.convert(tmp_path / "p.gguf", tmp_path / "eyes.gguf", vision="q8_0")
+    assert read_card(tmp_path / "eyes.gguf") is None
+    choices = Choices(requantise=True)
+    pumice.convert(tmp_path / "p.gguf", tmp_path / "q.gguf", quant="Q4_0", choices=choices)
+    assert read_card(tmp_path / "q.gguf") is None
+    done = command("quantize", "pebble", tmp_path / "r.gguf", "--to", "Q4_0", "--card")
+    assert done.returncode == 0, done.stderr
+    assert "KL divergence" in done.stdout
+    assert read_card(tmp_path / "r.gguf") is not None
 
 
 def test_a_report_is_data(made: dict[str, Path], tmp_path: Path) -> None:

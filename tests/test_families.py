@@ -36,6 +36,7 @@ from pumice import Sampling, UserError, checkpoints
 from pumice.chat_template import template_for
 from pumice.checkpoints.gguf_file import Value, open_gguf
 from pumice.checkpoints.gguf_vocab import stop_ids, tokenizer
+from pumice.conversion import Choices
 from pumice.engine import Request, Run
 from pumice.network import llava
 from pumice.prompt import Message, prompt_text, render
@@ -463,3 +464,12 @@ def test_files_of_others_written_again(name: str, tmp_path: Path) -> None:
     first, second = checkpoints.read(source), checkpoints.read(tmp_path / "out.gguf")
     assert second.config == first.config
     assert not any(key.startswith("phi3.") for key in open_gguf(tmp_path / "out.gguf").values)
+
+
+def test_a_phi_3_is_known_by_its_name(tmp_path: Path) -> None:
+    """To llama.cpp, whose Llama it becomes: its special tokens take the white space behind them."""
+    source = written(oracle(CONFIGS["phi3"]), tmp_path / "lm.gguf")
+    for stem, name in {"m": "phi-3 m", "Phi-3-mini": "Phi-3-mini"}.items():
+        pumice.convert(source, tmp_path / f"{stem}.gguf", choices=Choices(template="phi3"))
+        found = open_gguf(tmp_path / f"{stem}.gguf")
+        assert found.fields.text("general.name") == name

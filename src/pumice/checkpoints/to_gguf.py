@@ -77,11 +77,11 @@ def _language_model(checkpoint: Checkpoint, path: Path, types: Types, origin: Or
     formats = lm_formats(checkpoint, types.mix)
     _refuse_again(checkpoint, formats, types)
     if checkpoint.format == "gguf":
-        # What the network is, is said anew: the source may be of another architecture.
         source = open_gguf(checkpoint.path)
-        kept = {
-            key: each for key, each in source.values.items() if key.startswith(("general.", "tokenizer.", "pumice."))
-        }
+        kind = source.fields.text("general.architecture")
+        # What is said anew, and may be said in other words.
+        old = "llama.rope.scal" if kind == "llama" else f"{kind}."
+        kept = {key: each for key, each in source.values.items() if not key.startswith(old)}
         values = kept | lm_values(checkpoint.config, source.fields.text("general.name", path.stem))
     else:
         values = lm_values(checkpoint.config, path.stem) | _vocabulary(checkpoint, notes)
