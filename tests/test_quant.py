@@ -20,6 +20,12 @@ HASHES = {
     "Q5_K": "b24478960dcf161b", "Q6_K": "f9cc219c490ee674",
 }  # fmt: skip
 """First half of the SHA-256 of the row above as llama-quantize (b11434) writes it."""
+TRIALS = {
+    "Q4_0": "ffbc3dde8f0be49c", "Q4_1": "df4ab6cf75264754", "Q5_0": "ab6cb3785fbb3d0b", "Q5_1": "37d47e5d0166f6dc",
+    "Q8_0": "19bc6d73402450c9", "Q2_K": "071b3ba75811c956", "Q3_K": "8c0a0a1186b69f89", "Q4_K": "ad57346fb89cccc3",
+    "Q5_K": "e83e2315c924f418", "Q6_K": "39e15af27c464ea4",
+}  # fmt: skip
+"""The same of the super-blocks that `trials` makes, from ggml's ggml_quantize_chunk (ggml 0.26.0, x86-64)."""
 PACKED = [name for name, each in FORMATS.items() if name != "IQ4_NL"]
 BY_PACKAGE = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16", "F16", "F32"]
 
@@ -39,6 +45,46 @@ def numbers(rows: int = 600) -> torch.Tensor:
 def test_the_bytes_of_llama_quantize(name: str) -> None:
     packed = packing.quantised(ROW[None], FORMATS[name])
     assert hashlib.sha256(packed.data_RB.numpy().tobytes()).hexdigest()[:16] == HASHES[name]
+
+
+def trials(rows: int = 64) -> torch.Tensor:
+    """Super-blocks of eight kinds, `rows` of each, made of whole numbers alone so that they are the same everywhere."""
+    place = torch.arange(rows * 256)
+    mixed = place * 2654435761 % 2**32
+    mixed = (mixed ^ mixed >> 15) * 2246822519 % 2**32
+    mixed = (mixed ^ mixed >> 13).view(rows, 256)
+    noise = (sum((mixed >> shift) & 255 for shift in (0, 8, 16, 24)) - 510) / 4096
+    row = torch.arange(rows)[:, None]
+    group = torch.arange(256) // 16
+    signs = torch.where(mixed % 2 == 0, 1.0, -1.0)
+    kinds = {
+        "noise": noise,
+        "far from zero": noise / 16 + ((row * 37) % 101 - 50) / 64,
+        "outliers": noise * torch.where(mixed % 97 == 0, 64, 1),
+        "steps": noise[:, ::16].repeat_interleave(16, dim=1),
+        "zeros among": noise * (mixed % 3 == 0) * ((row + group) % 4 != 0),
+        "one magnitude": signs * (row + 1) / 64,
+        "groups far apart": noise * 2.0 ** ((row * 7 + group * 5) % 40 - 25),
+        "zeros of both signs": signs * 0.0 * (row > 0) - 0.0 * (row == 1),
+    }
+    return torch.cat([each.float() for each in kinds.values()])
+
+
+@pytest.mark.parametrize("name", TRIALS)
+def test_the_bytes_of_ggml_for_all_kinds_of_blocks(name: str) -> None:
+    packed = packing.quantised(trials(), FORMATS[name])
+    assert hashlib.sha256(packed.data_RB.numpy().tobytes()).hexdigest()[:16] == TRIALS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("Q4_0", "0080" + "88" * 16), ("Q5_0", "0080" + "ff" * 4 + "00" * 16), ("Q8_0", "00" * 34), ("Q4_K", "00" * 144),
+     ("Q2_K", "00" * 84), ("Q5_K", "00" * 176), ("Q6_K", "00" * 210)],
+)  # fmt: skip
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_zeros_of_either_sign(name: str, expected: str, zero: float) -> None:
+    format = FORMATS[name]
+    assert packing.pack(torch.full((1, format.block_weights), zero), format).numpy().tobytes().hex() == expected
 
 
 @pytest.mark.parametrize("name", FORMATS)

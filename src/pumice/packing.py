@@ -44,13 +44,19 @@ def _sum(x: Tensor) -> Tensor:
 
 
 def _extreme(x: Tensor) -> Tensor:
-    """The number of largest magnitude along the last axis with its sign, the first of equals; that axis stays, as 1."""
-    return x.gather(-1, x.abs().argmax(-1, keepdim=True))
+    """The number of largest magnitude along the last axis with its sign, the first of equals; that axis stays, as 1.
+    Among zeros it is the positive one."""
+    return x.gather(-1, x.abs().argmax(-1, keepdim=True)) + 0.0
+
+
+def _over(number: float, x: Tensor) -> Tensor:
+    """number / x, rounded once. `number / x` is to torch x.reciprocal() * number, which rounds twice."""
+    return torch.tensor(number) / x
 
 
 def _ratio(a: Tensor | float, b: Tensor) -> Tensor:
     """a / b, and 0 where b is 0."""
-    return torch.where(b != 0, a / b, 0.0)
+    return torch.where(b != 0, torch.as_tensor(a) / b, 0.0)
 
 
 def _half_bytes(x_N1: Tensor) -> Tensor:
@@ -58,15 +64,15 @@ def _half_bytes(x_N1: Tensor) -> Tensor:
 
 
 def _level(x: Tensor, least: int, most: int) -> Tensor:
-    """Rounded half to even as ggml does it, within bounds; still float32. Beyond 2^22, where a block's numbers are too
-    large or too small for its scales, the mantissa says something else than the nearest number, here as there."""
-    mantissa = (x + 12582912.0).view(torch.int32) & 0x7FFFFF
-    return (mantissa - 0x400000).clamp(least, most).float()
+    """Rounded half to even, within bounds; still float32. Beyond 2²² the low bits of the sum decide, as in ggml's
+    nearest_int: where a group is far larger than its super-block's scale can say."""
+    bits = (x + 12582912.0).view(torch.int32) & 0x7FFFFF
+    return (bits - 0x400000).clamp(least, most).float()
 
 
-def _u8(x: Tensor) -> Tensor:
-    """Whole numbers as bytes; truncates as C does."""
-    return x.to(torch.int32).to(torch.uint8)
+def _u8(x: Tensor, most: int = 255) -> Tensor:
+    """Whole numbers as bytes, at most `most`; truncates as C does."""
+    return x.to(torch.int32).to(torch.uint8).clamp(max=most)
 
 
 def _paired(q_NX: Tensor, half: int) -> Tensor:
@@ -82,13 +88,13 @@ def _gathered_bits(bits: Tensor, width: int = 1) -> Tensor:
 
 def _pack_q4_0(x: Tensor) -> Tensor:
     d = _extreme(x) / -8
-    q = _u8((x * _ratio(1.0, d) + 8.5).clamp(max=15.5))
+    q = _u8(x * _ratio(1.0, d) + 8.5, 15)
     return torch.cat((_half_bytes(d), _paired(q, 16)), dim=1)
 
 
 def _pack_q5_0(x: Tensor) -> Tensor:
     d = _extreme(x) / -16
-    q = _u8((x * _ratio(1.0, d) + 16.5).clamp(max=31.5))
+    q = _u8(x * _ratio(1.0, d) + 16.5, 31)
     return torch.cat((_half_bytes(d), _fifth_bytes(q), _paired(q, 16)), dim=1)
 
 
@@ -97,9 +103,10 @@ def _fifth_bytes(q_N32: Tensor) -> Tensor:
 
 
 def _pack_with_min(x: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+    # The first of equals, for a zero's sign.
+    low, high = (x.gather(1, at) for at in (x.argmin(1, keepdim=True), x.argmax(1, keepdim=True)))
     d = (high - low) / top
-    q = _u8(((x - low) * _ratio(1.0, d) + 0.5).clamp(max=top + 0.5))
+    q = _u8((x - low) * _ratio(1.0, d) + 0.5, top)
     return torch.cat((_half_bytes(d), _half_bytes(low)), dim=1), q
 
 
@@ -138,7 +145,7 @@ class _MinFit:
         high = x_NGE.amax(-1, keepdim=True)
         flat = high == low
         sum_w, sum_x = (_sum(each)[..., None] for each in (w_NGE, w_NGE * x_NGE))
-        divisor = self.top / (high - low)
+        divisor = _over(self.top, high - low)
         scale, levels = 1 / divisor, _level(divisor * (x_NGE - low), 0, self.top)
         best = self._error(x_NGE, w_NGE, levels, scale, low)
         for step in range(self.steps + 1):
@@ -165,10 +172,9 @@ def _pack_mins(x: Tensor, w_NGE: Tensor, fit: _MinFit, top: int) -> tuple[Tensor
     """Of Q2_K, Q4_K and Q5_K: d and dmin, (N, 1); scales and mins in 0..top, (N, G) bytes; levels, (N, 256) bytes."""
     x_NGE = x.view(w_NGE.shape)
     scale, low, levels = fit.of(x_NGE, w_NGE)
-    ends = [each.amax(1) + 0.0 for each in (scale, low)]  # a min of -0 becomes 0
+    ends = [torch.where(end > 0, end, 0.0) for end in (scale.amax(1), low.amax(1))]
     scales, mins = (
-        _level(torch.where(end > 0, top / end, 0.0) * each[..., 0], 0, top)
-        for end, each in zip(ends, (scale, low), strict=True)
+        _level(_ratio(top, end) * each[..., 0], 0, top) for end, each in zip(ends, (scale, low), strict=True)
     )
     d, dmin = ((end / top).to(torch.float16) for end in ends)
     step_NG1, low_NG1 = ((each.float() * part)[..., None] for each, part in ((d, scales), (dmin, mins)))
@@ -179,9 +185,9 @@ def _pack_mins(x: Tensor, w_NGE: Tensor, fit: _MinFit, top: int) -> tuple[Tensor
 
 def _own_weights(x_NGE: Tensor) -> Tensor:
     """How much each weight of Q4_K and Q5_K counts: its magnitude and its group's."""
-    mean = _sum(x_NGE * x_NGE) / x_NGE.shape[-1]
-    # By way of float64: torch's root of float32 is not always the nearest.
-    return mean.double().sqrt().float()[..., None] + x_NGE.abs()
+    mean_square_NG = _sum(x_NGE * x_NGE) / x_NGE.shape[-1]
+    # In float64 and back: torch's own float32 root may be a bit off the nearest number.
+    return mean_square_NG.double().sqrt().float()[..., None] + x_NGE.abs()
 
 
 def _six_bit_bytes(scales_N8: Tensor, mins_N8: Tensor) -> Tensor:

@@ -188,7 +188,7 @@ def linears(x_TD: Tensor, weights: Sequence[QTensor], biases: Sequence[Tensor | 
         isa, threads = instruction_set(), torch.get_num_threads()
         scratch = torch.empty(library().pumice_scratch_bytes(isa, m, k, threads), dtype=torch.uint8)
         library().pumice_matmul(isa, matrices, len(outs), rows_MD.data_ptr(), k, m, k, threads, scratch.data_ptr())
-    return [out_MF.to(x_TD.dtype).view(*x_TD.shape[:-1], -1) for out_MF in outs]
+    return [out_MF.to(x_TD.dtype).view(*x_TD.shape[:-1], out_MF.shape[1]) for out_MF in outs]
 
 
 def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -300,7 +300,7 @@ def attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask_BTS: Tensor |
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """What a block of the language model multiplies with. matrices: q, k, v, o, gate, up, down. biases: those of q, k, v.
+    """What a block of the language model multiplies with. matrices: q, k, v, o, gate, up, down. biases: of q, k and v.
     norms: before attention, before the MLP, float32."""
 
     matrices: Sequence[QTensor]

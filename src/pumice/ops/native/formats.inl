@@ -5,6 +5,9 @@
 
 constexpr int CHUNK = 256;
 
+// Panels that meet a tile of activations one after the other, while it is in the first cache (panel.inl).
+constexpr int TOGETHER = 2;
+
 // Formats with a floating scale for each 32 weights: weight = scale * level + offset.
 struct FloatScales {
     alignas(32) float scale[8] = {};

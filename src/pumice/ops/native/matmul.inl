@@ -28,14 +28,11 @@ template <Format F> void few(const Matrix& w, const Activations& x, int64_t firs
     }
 }
 
-template <Format F> void panel(const Matrix& w, const Activations& x, int64_t first, float* c);
+template <Format F> void panels(const Matrix& w, const Activations& x, int64_t first, int64_t last, float* c);
 
 template <Format F> void part(const Matrix& w, const Activations& x, int64_t first, int64_t last, float* c) {
     if constexpr (PANEL > 1)
-        if (x.tile_rows > 0) {
-            for (; first < last; first += PANEL) panel<F>(w, x, first, c);
-            return;
-        }
+        if (x.tile_rows > 0) return panels<F>(w, x, first, last, c);
     few<F>(w, x, first, last);
 }
 
@@ -59,7 +56,7 @@ inline bool has_whole_scales(int32_t format) { return format >= Q2_K && format <
 
 // The bytes that `matmul` needs beside its arguments.
 inline int64_t scratch_bytes(int64_t m, int64_t k, int threads) {
-    return int64_t(2 * Activations::bytes(m, k)) + threads * m * PANEL * 4 + 256;
+    return int64_t(2 * Activations::bytes(m, k)) + threads * m * TOGETHER * PANEL * 4 + 256;
 }
 
 // Called from outside any parallel region. Each matrix is (rows, k) and multiplies the same x, (m, k), x_stride apart.
@@ -74,7 +71,7 @@ inline void matmul(const Matrix* matrices, int count, const float* x, int64_t x_
     float* sums = (float*)at;
     bool wants[2] = {false, false};
     for (int i = 0; i < count; i++) wants[has_whole_scales(matrices[i].format)] = true;
-    const int64_t step = many ? 2 * PANEL : SPAN;
+    const int64_t step = many ? TOGETHER * PANEL : SPAN;
     int64_t next = 0, spans = 0;
     for (int i = 0; i < count; i++) spans += (matrices[i].rows + step - 1) / step;
 #pragma omp parallel num_threads(threads)
@@ -87,7 +84,7 @@ inline void matmul(const Matrix* matrices, int count, const float* x, int64_t x_
             if (wants[0]) by_32.fill(chunk, r, in);
             if (wants[1]) by_256.fill(chunk, r, in);
         }
-        float* c = sums + int64_t(omp_get_thread_num()) * m * PANEL;
+        float* c = sums + int64_t(omp_get_thread_num()) * m * TOGETHER * PANEL;
         for (;;) {
             int64_t mine;
 #pragma omp atomic capture

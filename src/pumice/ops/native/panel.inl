@@ -13,32 +13,43 @@ inline void tile_of(int rows, const PanelChunk<F>& w, int subs, const TileRows& 
         tile_of<F, MR - 1>(rows, w, subs, x, c);
 }
 
-// One panel with all rows; `c` has room for x.m * PANEL sums.
-template <Format F> void panel(const Matrix& w, const Activations& x, int64_t first, float* c) {
-    PanelChunk<F> chunk_of_panel;
+// A chunk of the rows of a panel that begins at row `first`; rows past the end of the matrix are zeros.
+template <Format F> void fill(PanelChunk<F>& panel, const Matrix& w, int64_t first, int64_t chunk, int count) {
     alignas(64) uint8_t q[PANEL * CHUNK];
     const int rows = int(w.rows - first < PANEL ? w.rows - first : PANEL);
-    memset(c, 0, size_t(x.m) * PANEL * sizeof(float));
-    if (rows < PANEL) {
-        memset((void*)&chunk_of_panel, 0, sizeof chunk_of_panel);
-        memset(q, 0, sizeof q);
-    }
+    if (rows < PANEL) memset(q, 0, sizeof q);
     Scales<F> s;
-    for (int64_t chunk = 0; chunk < x.chunks; chunk++) {
-        const int count = x.count(chunk);
-        for (int row = 0; row < rows; row++) {
+    for (int row = 0; row < PANEL; row++) {
+        if (row < rows) {
             const uint8_t* b = w.data + (first + row) * w.row_bytes + chunk * chunk_bytes<F>(CHUNK);
             read_levels<F>(b, count, q + row * CHUNK);
             read_scales<F>(b, count, s);
-            chunk_of_panel.put_scales(row, s);
+        } else {
+            s = Scales<F>();
         }
-        put_levels<F>(q, count, chunk_of_panel);
+        panel.put_scales(row, s);
+    }
+    put_levels<F>(q, count, panel);
+}
+
+// Rows `first` to `last` of weights, at most TOGETHER panels; `c` has room for TOGETHER * x.m * PANEL sums.
+template <Format F> void panels(const Matrix& w, const Activations& x, int64_t first, int64_t last, float* c) {
+    PanelChunk<F> panel[TOGETHER];
+    const int count_of_panels = int((last - first + PANEL - 1) / PANEL);
+    memset(c, 0, size_t(count_of_panels * x.m) * PANEL * sizeof(float));
+    for (int64_t chunk = 0; chunk < x.chunks; chunk++) {
+        const int count = x.count(chunk);
+        for (int p = 0; p < count_of_panels; p++) fill<F>(panel[p], w, first + p * PANEL, chunk, count);
         for (int64_t m = 0; m < x.m; m += tile_rows<F>) {
-            const int rows_of_tile = int(x.m - m < tile_rows<F> ? x.m - m : tile_rows<F>);
-            tile_of<F, tile_rows<F>>(rows_of_tile, chunk_of_panel, count / 32, x.tile(chunk, m), c + m * PANEL);
+            const int rows = int(x.m - m < tile_rows<F> ? x.m - m : tile_rows<F>);
+            for (int p = 0; p < count_of_panels; p++)
+                tile_of<F, tile_rows<F>>(rows, panel[p], count / 32, x.tile(chunk, m), c + (p * x.m + m) * PANEL);
         }
     }
-    for (int64_t m = 0; m < x.m; m++)
-        for (int row = 0; row < rows; row++)
-            w.out[m * w.out_stride + first + row] = c[m * PANEL + row] + (w.bias ? w.bias[first + row] : 0);
+    for (int p = 0; p < count_of_panels; p++) {
+        const int64_t start = first + p * PANEL, rows = w.rows - start < PANEL ? w.rows - start : PANEL;
+        for (int64_t m = 0; m < x.m; m++)
+            for (int64_t row = 0; row < rows; row++)
+                w.out[m * w.out_stride + start + row] = c[(p * x.m + m) * PANEL + row] + (w.bias ? w.bias[start + row] : 0);
+    }
 }

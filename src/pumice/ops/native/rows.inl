@@ -71,6 +71,7 @@ struct Activations {
         float* offset = offsets + cell * 8;
         int16_t *s16 = sums_of_16 + cell * 16, *s32 = sums_of_32 + cell * 16;
         memset(q, 0, sizeof q);
+        if (!whole) memset(scale, 0, 8 * sizeof(float));  // blocks that a short chunk lacks count nothing
         for (int g = 0; g * group < n; g++) {
             const int size = n - g * group < group ? n - g * group : group;
             const float* in = x + g * group;
@@ -90,7 +91,7 @@ struct Activations {
         }
         for (int j = 0; j < 16; j++) s32[j] = int16_t(j < 8 ? s16[2 * j] + s16[2 * j + 1] : 0);
         if (!whole)
-            for (int j = 0; j < 8; j++) offset[j] = 32 * j < n ? scale[j] * s32[j] : 0;
+            for (int j = 0; j < 8; j++) offset[j] = scale[j] * s32[j];
         put(chunk, r, q);
     }
 

@@ -3,7 +3,7 @@
 // e^x within 2e-7 of the value for x in [-87, 88]; smaller x give the least normal number's size.
 // 2^n e^r with |r| <= ln 2 / 2; e^r by its Taylor series to the seventh power.
 inline V exponential(V x) {
-    x = most(least(x, all(88)), all(-87));
+    x = most(all(-87), least(all(88), x));
     const V n = rounded(mul(x, all(1.44269504f)));
     V r = fma(n, all(-0.693359375f), x);  // ln 2 in two parts, the first exact in few bits
     r = fma(n, all(2.12194440e-4f), r);
@@ -40,7 +40,9 @@ inline void gated_mlp(const float* gate, const float* up, int64_t count, float* 
         int64_t i = p * part;
         for (; i + WIDTH <= last; i += WIDTH) {
             const V g = load(gate + i);
-            store(out + i, mul(divide(g, add(all(1), exponential(mul(g, all(-1))))), load(up + i)));
+            // Below -88 the quotient is nothing; the bound stands first, so that what is no number stays none.
+            const V bounded = most(all(-88), g);
+            store(out + i, mul(divide(bounded, add(all(1), exponential(mul(g, all(-1))))), load(up + i)));
         }
         for (; i < last; i++) out[i] = gate[i] / (1 + expf(-gate[i])) * up[i];
     }

@@ -1,0 +1,45 @@
+"""What the machine can do at most: `limits.cpp`, compiled for this processor and run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+READ_BYTES = 1_500_000_000
+"""More than any cache holds."""
+MEANING = {
+    "read": "memory is read, GB/s",
+    "fp32": "float32 multiply-adds, Gop/s",
+    "int8": "byte products summed in 32 bits, Gop/s",
+    "narrow": "four-bit by byte products summed in 16 bits, Gop/s",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes or operations a second; 0 where the processor has no such instruction that the program knows."""
+
+    read: float
+    fp32: float
+    int8: float
+    narrow: float
+
+
+def build(folder: Path) -> Path | None:
+    """The program, compiled; None where no compiler is installed."""
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    program, source = folder / "limits", Path(__file__).with_name("limits.cpp")
+    flags = ["-O3", "-march=native", "-fopenmp", "-std=c++17"]
+    subprocess.run([compiler, *flags, str(source), "-o", str(program)], check=True)
+    return program
+
+
+def measure(program: Path, threads: int, read_bytes: int = READ_BYTES) -> Limits:
+    command = [str(program), str(threads), str(read_bytes)]
+    return Limits(**json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))

@@ -1,0 +1,136 @@
+"""The process that is measured, of pumice or Transformers: `python bench/measured.py PEER PHASE …` prints its figures.
+
+Started by `peers.py`, once for every figure, so that no program finds what another left in memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import random_models
+import torch
+
+REPEATS = 3
+DECODED_TOKENS = 32
+WARM_UP_TOKENS = 16
+QUESTION = "What is it?"
+
+
+def seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def pumice(phase: str, model_path: str, eyes_path: str, picture: str) -> dict[str, float]:
+    import pumice
+    from pumice.engine import Request, Run, Sampling
+
+    started = time.perf_counter()
+    model = pumice.load(model_path, beside=eyes_path)
+    figures = {"load_s": time.perf_counter() - started}
+    network = model.network
+    network.config = dataclasses.replace(network.config, stop_ids=())  # random weights end whenever they like
+
+    def prefill(tokens: int) -> Run:
+        ids = torch.randint(3, network.config.text.vocab, (tokens,), generator=torch.Generator().manual_seed(0))
+        run = Run(network, [Request(ids.tolist(), [], Sampling(max_tokens=DECODED_TOKENS + 1))])
+        run.step()
+        return run
+
+    if phase.startswith("prefill"):
+        prefill(WARM_UP_TOKENS)
+        tokens = int(phase.partition("-")[2])
+        return figures | {"tokens_per_s": tokens / seconds(lambda: prefill(tokens))}
+    if phase == "decode":
+        run = prefill(1)
+        passed = seconds(lambda: [run.step() for _ in range(DECODED_TOKENS)])
+        return figures | {"tokens_per_s": DECODED_TOKENS / passed}
+    once = Sampling(max_tokens=1)
+    if phase == "start":
+        model.ask(QUESTION, sampling=once)
+        return figures
+    figures["first_s"] = seconds(lambda: model.ask(QUESTION, picture, sampling=once))
+    if phase == "image-1.5":
+        from pumice.image import prepare
+
+        seen = prepare(picture, *model.eyes())
+        pixels = torch.from_numpy(seen.pixels).to(network.like.dtype)
+        with torch.inference_mode():
+            passed = [seconds(lambda: network.encode(pixels, [seen.grid])) for _ in range(REPEATS)]
+        figures["encode_s"] = statistics.median(passed)
+    return figures
+
+
+def transformers(phase: str, shape_name: str) -> dict[str, float]:
+    """LLaVA 1.5 in bfloat16, random weights made in memory: there is no file to load."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    shape = random_models.SHAPES[shape_name]
+    text, vision = shape.text, shape.vision
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=vision.width, intermediate_size=vision.ffn_width, num_hidden_layers=vision.layers,
+            num_attention_heads=vision.heads, image_size=vision.image_px, patch_size=vision.patch_px,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=text.vocab, hidden_size=text.width, intermediate_size=text.ffn_width,
+            num_hidden_layers=text.layers, num_attention_heads=text.heads, num_key_value_heads=text.kv_heads,
+            max_position_embeddings=text.max_positions,
+        ),
+        image_token_index=text.vocab - 1,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config).to(torch.bfloat16).eval()
+    model.to_empty(device="cpu")
+    for values in (*model.parameters(), *model.buffers()):
+        if values.is_floating_point():
+            values.detach().normal_(std=0.02)
+        else:  # the tower's positions
+            values.copy_(torch.arange(values.numel()).view(values.shape))
+    ids = torch.randint(3, text.vocab - 1, (1, 2880), generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(1, 3, vision.image_px, vision.image_px, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        if phase.startswith("prefill"):
+            tokens = int(phase.partition("-")[2])
+            model(input_ids=ids[:, :WARM_UP_TOKENS])
+            passed = seconds(lambda: model(input_ids=ids[:, :tokens], logits_to_keep=1))
+            return {"tokens_per_s": tokens / passed}
+        if phase == "decode":
+            cache = model(input_ids=ids[:, :1]).past_key_values
+            each = lambda: model(input_ids=ids[:, :1], past_key_values=cache)  # noqa: E731
+            return {"tokens_per_s": DECODED_TOKENS / seconds(lambda: [each() for _ in range(DECODED_TOKENS)])}
+        image = torch.full((1, vision.patches), text.vocab - 1)
+        prompt = torch.cat((ids[:, :4], image, ids[:, :8]), dim=1)
+        figures = {"first_s": seconds(lambda: model(input_ids=prompt, pixel_values=pixels, logits_to_keep=1))}
+        encode = lambda: model.get_image_features(pixel_values=pixels)  # noqa: E731
+        figures["encode_s"] = statistics.median(seconds(encode) for _ in range(REPEATS))
+        return figures
+
+
+def openvino(phase: str, folder: str) -> dict[str, float]:
+    """A language model in OpenVINO's own format, in `folder`: prefill and decode."""
+    import openvino_genai
+
+    started = time.perf_counter()
+    pipeline = openvino_genai.LLMPipeline(folder, "CPU")
+    figures = {"load_s": time.perf_counter() - started}
+    tokens = 1 if phase == "decode" else int(phase.partition("-")[2])
+    tokenizer = pipeline.get_tokenizer()
+    prompt = tokenizer.encode("a " * (tokens - 1))
+    settings = openvino_genai.GenerationConfig(max_new_tokens=DECODED_TOKENS + 1, ignore_eos=True)
+    metrics = pipeline.generate(prompt, settings).perf_metrics
+    if phase == "decode":
+        return figures | {"tokens_per_s": 1000 / metrics.get_tpot().mean}
+    return figures | {"tokens_per_s": metrics.get_num_input_tokens() / (metrics.get_ttft().mean / 1000)}
+
+
+if __name__ == "__main__":
+    peer, *arguments = sys.argv[1:]
+    figures = {"pumice": pumice, "transformers": transformers, "openvino": openvino}[peer](*arguments)
+    print(json.dumps(figures))

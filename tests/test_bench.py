@@ -1,0 +1,32 @@
+"""The bench scripts run, on shapes that take no time: not their figures are tested here, but their form."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+CPU = Path(__file__).resolve().parent.parent / "bench" / "cpu.py"
+
+
+def test_the_cpu_table_has_a_figure_in_each_row(tmp_path: Path) -> None:
+    page = tmp_path / "results.md"
+    command = [sys.executable, str(CPU), "--shape", "tiny", "--quant", "q4_k_m", "--peers", "pumice", "--rounds", "1"]
+    phases = ["--phases", "prefill-576", "decode", "image-1.5"]
+    places = ["--models", str(tmp_path / "models"), "--output", str(page), "--read-bytes", str(10**7)]
+    done = subprocess.run(command + phases + places, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    text = page.read_text(encoding="utf-8")
+    assert done.stdout.strip() == text.strip()
+    rows = {cells[0]: cells[1:] for line in text.splitlines() if (cells := re.findall(r"[^|]+", line.strip("|")))}
+    rows = {name.strip(): [each.strip() for each in cells] for name, cells in rows.items() if cells}
+    for what in ("prefill of 576 tokens, tokens/s", "decode, tokens/s", "one tile through tower and projector, s"):
+        figure, share = rows[what]
+        assert float(figure) > 0
+        assert re.fullmatch(r"(\d+% \w+(, )?)*", share)
+    assert float(rows["peak memory with a picture, LLaVA 1.5, GB"][0]) > 0.1
+    assert "prefill of 2880 tokens, tokens/s" not in rows
+    assert sorted(each.name for each in (tmp_path / "models").glob("*.gguf")) == [
+        "tiny-mmproj-1.5.gguf", "tiny-mmproj-1.6.gguf", "tiny-q4_k_m.gguf",
+    ]  # fmt: skip

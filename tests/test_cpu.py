@@ -1,0 +1,240 @@
+"""The C++ kernels: each against its definition in PyTorch, on every instruction set that this CPU has, and by name the
+ones that it would not choose."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from pumice.config import Rotary
+from pumice.ops import cpu, reference
+from pumice.ops.cpu import Blocks, BlocksShape, BlockWeights, Pages
+from pumice.quant import FORMATS, QTensor
+
+ROTARY = Rotary(1e4)
+BLOCKS = [name for name, each in FORMATS.items() if each.dtype is None]
+SCALES_AT = {
+    "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "IQ4_NL": (0,),
+    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+}  # fmt: skip
+SETS = [name for name, number in cpu.INSTRUCTION_SETS.items() if number <= cpu.library().pumice_best_isa()]
+
+
+@pytest.fixture(params=SETS)
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    number = cpu.INSTRUCTION_SETS[request.param]
+    monkeypatch.setattr(cpu, "instruction_set", lambda: number)
+    return str(request.param)
+
+
+def matrix(name: str, rows: int, columns: int, seed: int = 0) -> QTensor:
+    """Random bytes with scales of a sane size: every bit of every field takes part."""
+    draw = torch.Generator().manual_seed(seed)
+    format = FORMATS[name]
+    count = rows * columns // format.block_weights
+    data_NB = torch.randint(0, 256, (count, format.block_bytes), dtype=torch.uint8, generator=draw)
+    for at in SCALES_AT[name]:
+        scale_N1 = (torch.rand(count, 1, generator=draw) - 0.5) * 0.02
+        data_NB[:, at : at + 2] = scale_N1.half().view(torch.uint8)
+    return QTensor(data_NB.view(rows, -1), format)
+
+
+def rounded(x_MK: Tensor, group: int) -> Tensor:
+    """What the kernels make of activations: int8 levels of a scale for each group."""
+    x_MGE = x_MK.unflatten(-1, (-1, group))
+    most_MG1 = x_MGE.abs().amax(-1, keepdim=True)
+    inverse_MG1 = torch.where(most_MG1 > 0, torch.tensor(127.0) / most_MG1, 0.0)
+    return (torch.round(x_MGE * inverse_MG1) * (most_MG1 / 127)).flatten(-2)
+
+
+def far(given: Tensor, expected: Tensor) -> float:
+    return float((given.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_products_are_those_of_the_rounded_activations(name: str, instruction_set: str) -> None:
+    whole = name.endswith("_K")
+    shapes = [(48, 512), (37, 768)] + ([] if whole else [(16, 96), (20, 288), (5, 32)])
+    draw = torch.Generator().manual_seed(1)
+    for rows, columns in shapes:
+        weight = matrix(name, rows, columns)
+        for m in (1, 2, 3, 5, 8, 9, 13, 40):
+            x_MK = torch.randn(m, columns, generator=draw) * torch.logspace(-3, 3, m)[:, None]
+            bias_N = torch.randn(rows, generator=draw)
+            (y_MN,) = cpu.linears(x_MK, [weight], [bias_N])
+            group = 256 if whole else 32
+            expected_MN = rounded(x_MK, group).double() @ weight.dense().double().T + bias_N
+            for row in range(m):
+                assert far(y_MN[row], expected_MN[row]) < 3e-6, (rows, columns, m, row)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_products_are_near_the_definition(name: str) -> None:
+    """Rounding activations costs a known part of a percent (docs/kernels.md)."""
+    weight, x_MK = matrix(name, 64, 1024), torch.randn(16, 1024, generator=torch.Generator().manual_seed(2))
+    (y_MN,) = cpu.linears(x_MK, [weight], [None])
+    assert far(y_MN, reference.linear(x_MK, weight.dense(), None)) < 0.02
+
+
+def test_several_matrices_share_their_input() -> None:
+    x_2TD = torch.randn(2, 7, 512, generator=torch.Generator().manual_seed(3))
+    weights = [matrix("Q4_K", 40, 512), matrix("Q6_K", 24, 512), matrix("Q4_0", 100, 512)]
+    together = cpu.linears(x_2TD, weights, [None] * 3)
+    for y_2TF, weight in zip(together, weights):
+        assert y_2TF.shape == (2, 7, weight.shape[0])
+        assert torch.equal(y_2TF, cpu.linears(x_2TD, [weight], [None])[0])
+
+
+def test_short_rows_read_nothing_left_over(instruction_set: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that the kernels are lent holds anything: here what is no number."""
+    empty = torch.empty
+
+    def dirty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return empty(*shape, dtype=dtype).fill_(255 if dtype == torch.uint8 else float("nan"))
+
+    monkeypatch.setattr(cpu.torch, "empty", dirty)
+    for name in ("Q4_0", "Q5_1", "Q8_0", "Q4_K"):
+        for columns in (256,) if name == "Q4_K" else (32, 96, 288):
+            for m in (1, 3, 12):
+                x_MK = torch.randn(m, columns, generator=torch.Generator().manual_seed(m))
+                assert cpu.linears(x_MK, [matrix(name, 5, columns)], [None])[0].isfinite().all()
+
+
+def test_odd_inputs() -> None:
+    weight = matrix("Q4_K", 40, 512)
+    assert cpu.linears(torch.empty(0, 512), [weight], [None])[0].shape == (0, 40)
+    assert torch.equal(cpu.linears(torch.zeros(9, 512), [weight], [None])[0], torch.zeros(9, 40))
+    x_MK = torch.randn(3, 512)
+    narrow_MK = x_MK.bfloat16()
+    (y_MN,) = cpu.linears(narrow_MK, [weight], [None])
+    assert torch.equal(y_MN, cpu.linears(narrow_MK.float(), [weight], [None])[0].bfloat16())
+    strided_MK = torch.randn(512, 12).T
+    assert torch.equal(
+        cpu.linears(strided_MK, [weight], [None])[0], cpu.linears(strided_MK.contiguous(), [weight], [None])[0]
+    )
+
+
+def test_least_levels_of_q8_0(instruction_set: str) -> None:
+    """-128 is in no file that a quantiser wrote, and must not overflow."""
+    data_B = torch.tensor([0x3C00], dtype=torch.int16).view(torch.uint8).repeat(8, 1)
+    weight = QTensor(torch.cat((data_B, torch.full((8, 32), 128, dtype=torch.uint8)), dim=1), FORMATS["Q8_0"])
+    for m in (1, 12):
+        (y_MN,) = cpu.linears(torch.full((m, 32), -1.0), [weight], [None])
+        assert torch.allclose(y_MN, torch.full((m, 8), 4096.0))
+
+
+def test_small_operations(instruction_set: str) -> None:
+    draw = torch.Generator().manual_seed(4)
+    for shape in ((1, 1, 64), (2, 3, 40), (70, 100)):
+        x, weight = torch.randn(*shape, generator=draw) * 9, torch.randn(shape[-1], generator=draw)
+        assert far(cpu.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5)) < 1e-6
+        up = torch.randn(*shape, generator=draw)
+        assert far(cpu.gated_mlp(x * 4, up), reference.gated_mlp(x * 4, up)) < 1e-6
+    big = torch.tensor([-1e30, -100.0, -90.0, 0.0, 90.0, 100.0, 1e30, 3.0])
+    assert torch.allclose(cpu.gated_mlp(big, torch.ones(8)), reference.gated_mlp(big, torch.ones(8)), atol=1e-35)
+    for width in (8, 24, 64):
+        x_BHTE = torch.randn(2, 3, 5, width, generator=draw)
+        angle_BTE = torch.rand(1, 5, width, generator=draw) * 6
+        turn = (angle_BTE.cos(), angle_BTE.sin())
+        assert far(cpu.rotate(x_BHTE, *turn), reference.rotate(x_BHTE, *turn)) < 1e-6
+
+
+@pytest.mark.parametrize("type", list(cpu.KEY_TYPES))
+def test_attention(type: torch.dtype, instruction_set: str) -> None:
+    draw = torch.Generator().manual_seed(5)
+    for rows, heads, shared, tokens, positions, width in (
+        (1, 4, 4, 1, 1, 16),
+        (2, 6, 2, 3, 37, 64),
+        (3, 2, 1, 1, 500, 24),
+    ):
+        q_BHTE = torch.randn(rows, heads, tokens, width, generator=draw) * 3
+        k_BKSE, v_BKSE = (torch.randn(rows, shared, positions, width, generator=draw).to(type) for _ in range(2))
+        mask_BTS = torch.rand(rows, tokens, positions, generator=draw) < 0.7
+        mask_BTS[..., 0] = True
+        for mask in (None, mask_BTS):
+            expected = reference.attention(q_BHTE, k_BKSE.float(), v_BKSE.float(), mask, False)
+            assert far(cpu.attention(q_BHTE, k_BKSE, v_BKSE, mask), expected) < 2e-6
+
+
+class OneByOne:
+    """The twin of `Blocks.run`: the same matrices, operation by operation."""
+
+    def __init__(
+        self, blocks: list[BlockWeights], shape: BlocksShape, keys: list[Tensor], values: list[Tensor]
+    ) -> None:
+        self.blocks, self.shape, self.keys, self.values = blocks, shape, keys, values
+
+    def run(self, x_BTD: Tensor, turn: tuple[Tensor, Tensor], places_BT: Tensor) -> Tensor:
+        shape, every_B1 = self.shape, torch.arange(len(x_BTD))[:, None]
+        for index, block in enumerate(self.blocks):
+            q, k, v, o, gate, up, down = block.matrices
+            h_BTD = reference.rms_norm(x_BTD, block.norms[0], shape.eps)
+            q_BHTE, k_BKTE, v_BKTE = (
+                each.unflatten(-1, (-1, shape.head_width)).transpose(1, 2)
+                for each in cpu.linears(h_BTD, [q, k, v], block.biases)
+            )
+            q_BHTE, k_BKTE = reference.rotate(q_BHTE, *turn), reference.rotate(k_BKTE, *turn)
+            for kept, new in ((self.keys[index], k_BKTE), (self.values[index], v_BKTE)):
+                kept[every_B1, :, places_BT] = new.transpose(1, 2).to(kept.dtype)
+            distance_BTS = places_BT[..., None] - torch.arange(self.keys[index].shape[2])
+            mask_BTS = (distance_BTS >= 0) & (distance_BTS < (shape.window or 10**6))
+            keys, values = self.keys[index].float(), self.values[index].float()
+            mixed_BHTE = reference.attention(q_BHTE, keys, values, mask_BTS, False)
+            x_BTD = x_BTD + cpu.linears(mixed_BHTE.transpose(1, 2).flatten(2), [o], [None])[0]
+            h_BTD = reference.rms_norm(x_BTD, block.norms[1], shape.eps)
+            gated = reference.gated_mlp(*cpu.linears(h_BTD, [gate, up], [None, None]))
+            x_BTD = x_BTD + cpu.linears(gated, [down], [None])[0]
+        return x_BTD
+
+
+@pytest.mark.parametrize("type", list(cpu.KEY_TYPES))
+@pytest.mark.parametrize("window", [0, 6])
+def test_blocks_at_once(type: torch.dtype, window: int, instruction_set: str) -> None:
+    """All blocks in one call are the operations one by one; pages in any order hold what rows hold."""
+    draw = torch.Generator().manual_seed(6)
+    shape = BlocksShape(heads=4, kv_heads=2, head_width=64, ffn_width=512, window=window, eps=1e-5)
+    rows, width, page, room = 3, 256, 8, 24
+
+    def block(seed: int) -> BlockWeights:
+        sizes = [(256, width), (128, width), (128, width), (width, 256), (512, width), (512, width), (width, 512)]
+        matrices = [matrix("Q4_K" if i % 3 else "Q6_K", *size, seed=seed + i) for i, size in enumerate(sizes)]
+        biases = [torch.randn(size[0], generator=draw) for size in sizes[:3]]
+        return BlockWeights(matrices, biases, [torch.rand(width, generator=draw) for _ in range(2)])
+
+    blocks = [block(0), block(10)]
+    table_RP = torch.randperm(rows * room // page, generator=draw).view(rows, -1)
+    kept = [torch.zeros(len(blocks), rows, 2, room, 64, dtype=type) for _ in range(2)]
+    paged = [[torch.zeros(table_RP.numel(), 2, page, 64, dtype=type) for _ in blocks] for _ in range(2)]
+    plain = OneByOne(blocks, shape, list(kept[0]), list(kept[1]))
+    at_once = Blocks(blocks, shape)
+    lengths = torch.tensor([0, 5, 2])
+    for tokens in (2, 1, 2, 1, 1):
+        x_BTD = torch.randn(rows, tokens, width, generator=draw)
+        places_BT = lengths[:, None] + torch.arange(tokens)
+        turn = reference.rotary(places_BT, 64, ROTARY)
+        expected_BTD = plain.run(x_BTD, turn, places_BT)
+        given_BTD = at_once.run(x_BTD, turn, places_BT, Pages(paged[0], paged[1], table_RP))
+        # Where a sum falls between two levels or two halves, the last bit of the one before decides.
+        assert far(given_BTD, expected_BTD) < (1e-4 if type == torch.float32 else 5e-3)
+        lengths = lengths + tokens
+    for each, rows_of_it in zip(paged, kept):
+        for layer in range(len(blocks)):
+            joined_RKSE = each[layer][table_RP].transpose(1, 2).flatten(2, 3)
+            assert torch.allclose(joined_RKSE.float(), rows_of_it[layer].float(), rtol=0.02, atol=0.02)
+
+
+def test_a_named_instruction_set() -> None:
+    """PUMICE_CPU is honoured or refused, never ignored."""
+
+    def run(name: str) -> subprocess.CompletedProcess[str]:
+        code = "from pumice.ops import cpu; print(cpu.instruction_set())"
+        environment = {**os.environ, "PUMICE_CPU": name}
+        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+    assert run("portable").stdout == "0\n"
+    assert "no instruction set" in run("neon5").stderr
