@@ -961,7 +961,7 @@ def test_a_folder_is_written_whole_or_not_at_all(
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "copyfile", full_disk)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(UserError, match="No space"):
             write()
     assert list(tmp_path.iterdir()) == []
     write()

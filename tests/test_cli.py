@@ -81,7 +81,7 @@ def refused(done: Done, *words: str) -> None:
 def test_help_is_golden_and_light() -> None:
     environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
     pages = []
-    for verb in ([], ["run"], ["show"], ["prompt"], ["verify"], ["list"], ["llava-cli"]):
+    for verb in ([], ["run"], ["show"], ["prompt"], ["verify"], ["convert"], ["quantize"], ["list"], ["llava-cli"]):
         done = subprocess.run(
             [sys.executable, "-c", AS_PUMICE, *verb, "--help"],
             capture_output=True, text=True, env=environment, check=True,

@@ -36,6 +36,7 @@ from pumice import Sampling, UserError, checkpoints
 from pumice.chat_template import template_for
 from pumice.checkpoints.gguf_file import Value, open_gguf
 from pumice.checkpoints.gguf_vocab import stop_ids, tokenizer
+from pumice.conversion import Choices
 from pumice.engine import Request, Run
 from pumice.network import llava
 from pumice.prompt import Message, prompt_text, render
@@ -407,3 +408,68 @@ def test_tokens_that_take_white_space() -> None:
         ours = words.encode(parts, [], image_id=-200)
         assert ours.ids[1:] == library.encode(prompt_text(parts), add_special_tokens=False).ids
         assert len(ours.learned) == len(ours.ids)
+
+
+# --- written as GGUF --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_folders_as_gguf_and_back(name: str, tmp_path: Path) -> None:
+    """The file has llama.cpp's architecture llama, by the gguf package, and computes what the source does; the folder
+    made of it runs in Transformers. A file made of that file says the same."""
+    theirs = oracle(CONFIGS[name])
+    source, path = folder_of(theirs, tmp_path / "m"), tmp_path / "lm.gguf"
+    report = pumice.convert(source, path)
+    first = checkpoints.read(source).config
+    agree(pumice.load(path), theirs)
+    reader = gguf.GGUFReader(path)
+    assert reader.fields["general.architecture"].contents() == "llama"
+    found = {key.rpartition(".")[2]: each.contents() for key, each in reader.fields.items() if ".rope.scaling." in key}
+    sets = {each.name: each.data for each in reader.tensors if each.name.startswith("rope_")}
+    assert found.get("type") == {"linear": "linear"}.get(name, "longrope" if "long" in name else None)
+    if name == "linear":
+        assert found == {"type": "linear", "factor": 3.0}
+    if "long" in name:
+        assert found["original_context_length"] == 24
+        assert found["attn_factor"] == np.float32(first.text.rotary.magnitude)
+        assert np.array_equal(sets.pop("rope_factors_short.weight"), np.array(SHORT, np.float32))
+        assert np.array_equal(sets.pop("rope_factors_long.weight"), np.array(LONG, np.float32))
+    if name == "llama3":
+        oracle_file = gguf.GGUFReader(written(theirs, tmp_path / "other.gguf"))
+        (expected,) = (each.data for each in oracle_file.tensors if each.name == "rope_freqs.weight")
+        np.testing.assert_allclose(sets.pop("rope_freqs.weight"), expected, rtol=1e-6)
+    assert sets == {}
+    window = CONFIGS[name].sliding_window if "window" in name or name == "mistral" else None
+    assert any("llama.cpp lets a token see all" in note for note in report.notes) == (window is not None)
+    pumice.convert(path, tmp_path / "again.gguf")
+    for each in (path, tmp_path / "again.gguf"):
+        assert checkpoints.read(each).config == first
+    pumice.convert(path, tmp_path / "back")
+    agree(pumice.load(tmp_path / "back"), theirs)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.float32).eval()
+    ids = torch.randint(3, 440, (1, 60), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        torch.testing.assert_close(again(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
+    same = (tmp_path / "back" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    assert same == (not name.startswith("phi3"))
+
+
+@pytest.mark.parametrize("name", IN_GGUF)
+def test_files_of_others_written_again(name: str, tmp_path: Path) -> None:
+    """Of Phi-3's own architecture too, whose joined matrices come apart: the same network, as a Llama's file."""
+    theirs = oracle(CONFIGS[name])
+    source = written(theirs, tmp_path / "lm.gguf")
+    pumice.convert(source, tmp_path / "out.gguf")
+    agree(pumice.load(tmp_path / "out.gguf"), theirs)
+    first, second = checkpoints.read(source), checkpoints.read(tmp_path / "out.gguf")
+    assert second.config == first.config
+    assert not any(key.startswith("phi3.") for key in open_gguf(tmp_path / "out.gguf").values)
+
+
+def test_a_phi_3_is_known_by_its_name(tmp_path: Path) -> None:
+    """To llama.cpp, whose Llama it becomes: its special tokens take the white space behind them."""
+    source = written(oracle(CONFIGS["phi3"]), tmp_path / "lm.gguf")
+    for stem, name in {"m": "phi-3 m", "Phi-3-mini": "Phi-3-mini"}.items():
+        pumice.convert(source, tmp_path / f"{stem}.gguf", choices=Choices(template="phi3"))
+        found = open_gguf(tmp_path / f"{stem}.gguf")
+        assert found.fields.text("general.name") == name

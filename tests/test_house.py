@@ -22,7 +22,7 @@ ROWS = {
     "network": 3, "checkpoints": 3, "store": 3,
     "engine": 4,
     "question": 5, "model": 5,
-    "train": 6, "tasks": 6,
+    "train": 6, "tasks": 6, "conversion": 6,
     "cli": 7,
 }  # fmt: skip
 WITHIN_A_ROW = {
@@ -35,7 +35,7 @@ WITHIN_A_ROW = {
 HOMES = {
     "PIL": {"image", "picture"}, "pillow_heif": {"picture"}, "tokenizers": {"tokenizer"},
     "safetensors": {"checkpoints"},
-    "typer": {"cli"}, "rich": {"cli"}, "transformers": set(), "ctypes": set(), "triton": set(), "ray": set(),
+    "typer": {"cli"}, "rich": {"cli"}, "transformers": set(), "ctypes": {"ops"}, "triton": set(), "ray": set(),
 }  # fmt: skip
 """Third-party names and the only rooms that may import them."""
 WIDEST = ("model", "load")
@@ -162,8 +162,8 @@ def test_public_names() -> None:
     import pumice
 
     assert sorted(pumice.__all__) == [
-        "Answer", "Card", "Chat", "Exchange", "Model", "Question", "Sampling", "UserError", "load", "save_values",
-        "verify",
+        "Answer", "Card", "Chat", "Exchange", "Model", "Question", "Sampling", "UserError", "convert", "load",
+        "save_values", "verify",
     ]  # fmt: skip
     for name in pumice.__all__:
         assert getattr(pumice, name).__doc__, name

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pumice.conversion import convert
     from pumice.engine.sampling import Sampling
     from pumice.errors import UserError
     from pumice.model import Answer, Chat, Model, load
@@ -22,6 +23,7 @@ __all__ = [
     "Question",
     "Sampling",
     "UserError",
+    "convert",
     "load",
     "save_values",
     "verify",
@@ -33,6 +35,7 @@ _HOMES = {
     "Question": "pumice.question",
     "Sampling": "pumice.engine.sampling",
     "UserError": "pumice.errors",
+    "convert": "pumice.conversion",
     "save_values": "pumice.tasks.verify",
     "verify": "pumice.tasks.verify",
 }

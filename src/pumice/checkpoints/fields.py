@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeGuard, TypeVar
 
+import numpy as np
+
 from pumice.errors import UserError
 
 MAX_JSON_BYTES = 32 * 2**20
@@ -152,3 +154,8 @@ def read_json(path: Path) -> Fields:
 def json_if_there(path: Path) -> Fields:
     """The object in a JSON file; an empty one when there is no such file."""
     return read_json(path) if path.is_file() else Fields({}, str(path))
+
+
+def decimal(number: float) -> float:
+    """The shortest number that is the same float32: 1e-05, not 9.99999974e-06. What a person wrote, mostly."""
+    return float(str(np.float32(number)))

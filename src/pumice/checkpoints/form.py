@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pumice.checkpoints.origin import Origin
 from pumice.checkpoints.tensors import Entry, Tensors, listed
 from pumice.config import LlavaConfig, ProjectorConfig, TextConfig, VisionConfig
 from pumice.errors import UserError
 from pumice.tokenizer import Tokenizer
 
 Shape = tuple[int, ...]
+
+COMPUTED = (".rotary_emb.inv_freq", ".embeddings.position_ids")
+"""Tensors that a config says already; files from before Transformers 4.31 still hold them."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,12 @@ class Checkpoint:
     config: LlavaConfig
     tokenizer: Tokenizer
     tensors: Tensors
+    home: Path | None = None
+    """The folder with the tokenizer, where that is another than `path`."""
+    projector: Path | None = None
+    """The file with the eyes of a GGUF."""
+    origin: Origin | None = None
+    """What a GGUF file knows of the folder it was made from."""
 
 
 def expected_tensors(config: LlavaConfig) -> dict[str, Shape]:
@@ -94,8 +104,7 @@ def renamed(entries: Mapping[str, Entry], path: Path) -> dict[str, Entry]:
     4.52 to 4.x (a leading `model.`); 5 (no `vision_model`); a language model alone (`model.layers…`); the authors'
     (`model.mm_projector.0`, `model.vision_tower.vision_tower…`). An unknown key keeps its name.
     """
-    # Both are computed from the config; files from before Transformers 4.31 still hold them.
-    kept = [key for key in entries if not key.endswith((".rotary_emb.inv_freq", ".embeddings.position_ids"))]
+    kept = [key for key in entries if not key.endswith(COMPUTED)]
     return collected(((canonical(key), entries[key]) for key in kept), path)
 
 

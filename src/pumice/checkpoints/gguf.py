@@ -15,25 +15,32 @@ import torch
 from torch import Tensor
 
 from pumice.checkpoints import gguf_vocab
-from pumice.checkpoints.fields import Fields, shown
+from pumice.checkpoints.fields import Fields, decimal, shown
 from pumice.checkpoints.form import Checkpoint, checked, collected, unfused
-from pumice.checkpoints.gguf_eyes import PROJECTOR, Eyes, read_eyes
+from pumice.checkpoints.gguf_eyes import PROJECTOR, PROJECTOR_PREFIX, Eyes, read_eyes
 from pumice.checkpoints.gguf_file import GgufFile, Stored, architecture, open_gguf
+from pumice.checkpoints.origin import Origin, as_folder, inner, origin_of
 from pumice.checkpoints.settings import MAX_LAYERS, SCALINGS, divisors, unsupported
-from pumice.checkpoints.sidefiles import known_template, usual_template
+from pumice.checkpoints.sidefiles import TOKENIZER_FILES, known_template, usual_template
 from pumice.checkpoints.tensors import Entry
 from pumice.config import LlavaConfig, Rotary, TextConfig
 from pumice.errors import UserError
 from pumice.quant import QTensor
+from pumice.tokenizer import Tokenizer
 
 ARCHITECTURES = ("llama", "phi3")
+IMAGE_TOKEN = -200
+"""The authors' id of an image, outside every vocabulary."""
 
-_NAMES = {
+MODEL_KEY = "pumice.model"
+"""Of a file that pumice wrote: what no key of llama.cpp's says, as a JSON object."""
+
+NAMES = {
     "token_embd": "language_model.embed_tokens",
     "output_norm": "language_model.norm",
     "output": "lm_head",
 }
-_IN_BLOCK = {
+IN_BLOCK = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -44,7 +51,7 @@ _IN_BLOCK = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_IN_PHI_3_BLOCK = _IN_BLOCK | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
+_IN_PHI_3_BLOCK = IN_BLOCK | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
 LLAMA_3 = "rope_freqs.weight"
 LONG_ROPE = ("rope_factors_short.weight", "rope_factors_long.weight")
 """Divisors of rotary frequencies: part of the config here, tensors in the file."""
@@ -63,22 +70,41 @@ def read(path: Path, projector: Path | None, template: str | None) -> Checkpoint
             hint="give the language model's file, and this one beside it with --with",
         )
     text = _text_config(file)
-    tokenizer = gguf_vocab.tokenizer(fields)
-    stops = gguf_vocab.stop_ids(fields, tokenizer)
+    entries = list(unfused(_entries(file, text), text))
+    origin = origin_of(file.values, str(path), [name for name, _ in entries])
+    tokenizer = _tokenizer(fields, origin)
+    own = inner(fields, MODEL_KEY)
+    stops = own.wholes("stop_ids", least=0, most=text.vocab - 1) or gguf_vocab.stop_ids(fields, tokenizer)
     kind = "mistral" if text.kv_heads < text.heads and text.rotary.theta == 1e6 else "llama"
     jinja = fields.text("tokenizer.chat_template") if "tokenizer.chat_template" in fields else None
-    chosen = known_template(template, jinja, path) or usual_template(kind, stops, tokenizer)
-    config, entries = LlavaConfig(text, None, None, None, chosen, stops), list(unfused(_entries(file, text), text))
+    named = template or (own.text("template") if "template" in own else None)
+    chosen = known_template(named, jinja, path) or usual_template(kind, stops, tokenizer)
+    config = LlavaConfig(text, None, None, None, chosen, stops)
     if eyes := _eyes(path, projector, text):
         tiled = eyes.image.mode == "anyres"
-        config = replace(config, vision=eyes.vision, projector=eyes.projector, image=eyes.image)
+        token = own.whole("image_token_id", IMAGE_TOKEN, least=IMAGE_TOKEN, most=text.vocab - 1)
+        config = replace(config, vision=eyes.vision, projector=eyes.projector, image=eyes.image, image_token_id=token)
         config = replace(config, has_newline=tiled, family="llava-1.6" if tiled else "llava-1.5")
         entries += eyes.entries.items()
-    return Checkpoint(path, "gguf", config, tokenizer, checked(collected(entries, path), config, path))
+        if origin is not None:
+            origin = replace(origin, dtypes={**origin.dtypes, **eyes.dtypes})
+    tensors = checked(collected(entries, path), config, path)
+    beside = eyes.path if eyes else None
+    return Checkpoint(path, "gguf", config, tokenizer, tensors, projector=beside, origin=origin)
+
+
+def _tokenizer(fields: Fields, origin: Origin | None) -> Tokenizer:
+    """From the files of the folder where they came along: they say more than llama.cpp's keys can."""
+    files = {name: data for name, data in origin.files.items() if name in TOKENIZER_FILES} if origin else {}
+    if "tokenizer.json" not in files and "tokenizer.model" not in files:
+        return gguf_vocab.tokenizer(fields)
+    with as_folder(files) as folder:
+        return Tokenizer.from_folder(folder)
 
 
 def _eyes(path: Path, projector: Path | None, text: TextConfig) -> Eyes | None:
-    """From the file that was named, or the only one beside the language model whose features fit it."""
+    """From the file that was named; or the one beside the language model that bears its name; or the only one there
+    whose features fit it."""
     if projector is not None:
         eyes = read_eyes(projector)
         if eyes.width_out != text.width:
@@ -87,6 +113,9 @@ def _eyes(path: Path, projector: Path | None, text: TextConfig) -> Eyes | None:
                 hint="the two belong to different models; take the projector that came with this one",
             )
         return eyes
+    own = path.with_name(f"{PROJECTOR_PREFIX}{path.name}")
+    if own != path and architecture(own) == PROJECTOR:
+        return _eyes(path, own, text)
     near = [each for each in sorted(path.parent.glob("*.gguf")) if each != path and architecture(each) == PROJECTOR]
     fitting = [eyes for eyes in map(read_eyes, near) if eyes.width_out == text.width]
     if len(fitting) > 1:
@@ -115,9 +144,9 @@ def _text_config(file: GgufFile) -> TextConfig:
         head_width=head_width,
         ffn_width=fields.whole(f"{kind}.feed_forward_length"),
         rotary=_rotary(file, kind, head_width, positions),
-        norm_eps=fields.number(f"{kind}.attention.layer_norm_rms_epsilon"),
+        norm_eps=decimal(fields.number(f"{kind}.attention.layer_norm_rms_epsilon")),
         max_positions=positions,
-        window=fields.whole(f"{kind}.attention.sliding_window", 0, least=0, most=2**24) or None,
+        window=_window(fields, kind),
         qkv_bias="blk.0.attn_q.bias" in file.tensors,
         tied_embeddings="output.weight" not in file.tensors,
     )
@@ -134,6 +163,12 @@ def _refuse_others(file: GgufFile, kind: str, head_width: int) -> None:
         raise fields.wrong(f"{kind}.attention.value_length", f"the width of a head, {head_width}")
 
 
+def _window(fields: Fields, kind: str) -> int | None:
+    """Of Phi-3 a key of llama.cpp's; of a Llama that pumice wrote one of its own."""
+    own = inner(fields, MODEL_KEY).whole("window", 0, least=0, most=2**24)
+    return fields.whole(f"{kind}.attention.sliding_window", own, least=0, most=2**24) or None
+
+
 def _rotary(file: GgufFile, kind: str, head_width: int, positions: int) -> Rotary:
     """Divisors of the frequencies are tensors (Llama 3.1 has one set, Phi-3 two), a linear scaling is metadata."""
     fields, half = file.fields, head_width // 2
@@ -141,9 +176,9 @@ def _rotary(file: GgufFile, kind: str, head_width: int, positions: int) -> Rotar
     if scaling not in ("none", "linear", "longrope"):
         raise unsupported(fields, f"rotary scaling is of type {shown(scaling)}", SCALINGS)
     factor = fields.number(f"{kind}.rope.scaling.factor", fields.number(f"{kind}.rope.scale_linear", 1.0))
-    factor = 1.0 if scaling == "none" else factor
-    theta = fields.number(f"{kind}.rope.freq_base", 1e4)
-    magnitude = fields.number(f"{kind}.rope.scaling.attn_factor", 1.0)
+    factor = 1.0 if scaling == "none" else decimal(factor)
+    theta = decimal(fields.number(f"{kind}.rope.freq_base", 1e4))
+    magnitude = decimal(fields.number(f"{kind}.rope.scaling.attn_factor", 1.0))
     sets = {name: _divisors(file, name, half) for name in (*LONG_ROPE, LLAMA_3) if name in file.tensors}
     match tuple(sets):
         case () if scaling != "longrope":
@@ -174,7 +209,7 @@ def _entries(file: GgufFile, text: TextConfig) -> Iterator[tuple[str, Entry]]:
     for stored in file.tensors.values():
         if stored.name in (LLAMA_3, *LONG_ROPE):
             continue
-        name = name_of(stored.name, _IN_PHI_3_BLOCK if phi_3 else _IN_BLOCK)
+        name = name_of(stored.name, _IN_PHI_3_BLOCK if phi_3 else IN_BLOCK)
         match = re.search(r"\.self_attn\.([qk])_proj\.", name)
         if match is None or phi_3:
             yield name, stored.entry()
@@ -182,11 +217,11 @@ def _entries(file: GgufFile, text: TextConfig) -> Iterator[tuple[str, Entry]]:
             yield name, _reordered(stored, text.heads if match[1] == "q" else text.kv_heads, text.head_width)
 
 
-def name_of(key: str, in_block: Mapping[str, str] = _IN_BLOCK) -> str:
+def name_of(key: str, in_block: Mapping[str, str] = IN_BLOCK) -> str:
     """pumice's name for a tensor of a language model's file; an unknown key keeps its own."""
     stem, _, part = key.rpartition(".")
-    if stem in _NAMES:
-        return f"{_NAMES[stem]}.{part}"
+    if stem in NAMES:
+        return f"{NAMES[stem]}.{part}"
     match = re.fullmatch(r"blk\.(0|[1-9]\d{0,3})\.(\w+)", stem)
     if match is None or match[2] not in in_block:
         return key

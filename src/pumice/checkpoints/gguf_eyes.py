@@ -8,29 +8,48 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pumice.checkpoints.fields import Fields, shown
+import torch
+
+from pumice.checkpoints.fields import Fields, decimal, shown
 from pumice.checkpoints.form import collected
 from pumice.checkpoints.gguf_file import GgufFile, open_gguf
-from pumice.checkpoints.settings import MAX_LAYERS, MAX_PX, NEXT_PINPOINTS, channels, pinpoints, unsupported
+from pumice.checkpoints.origin import inner, origin_of
+from pumice.checkpoints.settings import (
+    MAX_LAYERS,
+    MAX_PX,
+    NEXT_PINPOINTS,
+    Mode,
+    channels,
+    image_config,
+    pinpoints,
+    unsupported,
+)
 from pumice.checkpoints.tensors import Entry
-from pumice.config import ImageConfig, ProjectorConfig, Size, VisionConfig
+from pumice.config import ImageConfig, ProjectorConfig, Rules, Size, VisionConfig
 
 PROJECTOR = "clip"
 """The architecture of such a file."""
 
-_NAMES = {
+PROJECTOR_PREFIX = "mmproj-"
+"""Of its name beside the language model's file, as most people have it."""
+IMAGE_KEY, VISION_KEY = "pumice.image", "pumice.vision"
+"""Of a file that pumice wrote: what no key of llama.cpp's says, as JSON objects."""
+
+NAMES = {
     "v.class_embd": "vision_tower.embeddings.class_embedding",
     "v.patch_embd.weight": "vision_tower.embeddings.patch_embedding.weight",
     "v.position_embd.weight": "vision_tower.embeddings.position_embedding.weight",
     **{f"v.pre_ln.{part}": f"vision_tower.pre_layrnorm.{part}" for part in ("weight", "bias")},
     **{f"v.post_ln.{part}": f"vision_tower.post_layernorm.{part}" for part in ("weight", "bias")},
+    # Under a name that llama.cpp passes over: it would run the features through this norm, which no LLaVA does.
+    **{f"pumice.v.post_ln.{part}": f"vision_tower.post_layernorm.{part}" for part in ("weight", "bias")},
     "model.image_newline": "image_newline",
     "v.image_newline": "image_newline",
 }
-_IN_BLOCK = {
+IN_BLOCK = {
     "ln1": "layer_norm1",
     "ln2": "layer_norm2",
     "attn_q": "self_attn.q_proj",
@@ -51,6 +70,8 @@ class Eyes:
     entries: Mapping[str, Entry]
     width_out: int
     """Of the features: the language model's width."""
+    dtypes: Mapping[str, torch.dtype]
+    """Of the weights in the folder that the file was made from, where it says."""
 
 
 def read_eyes(path: Path) -> Eyes:
@@ -74,18 +95,20 @@ def read_eyes(path: Path) -> Eyes:
     entries = collected(named, path)
     projector = ProjectorConfig(len(layers), bias="mm.0.bias" in file.tensors)
     image = _image(fields, vision, newline="image_newline" in entries)
-    return Eyes(path, vision, projector, image, entries, file.tensors[f"mm.{max(layers)}.weight"].shape[0])
+    origin = origin_of(file.values, str(path), list(entries))
+    width_out = file.tensors[f"mm.{max(layers)}.weight"].shape[0]
+    return Eyes(path, vision, projector, image, entries, width_out, origin.dtypes if origin else {})
 
 
 def name_of(key: str, *, swapped: bool) -> str:
     """pumice's name for a tensor of a projector file; an unknown key keeps its own."""
-    if key in _NAMES:
-        return _NAMES[key]
+    if key in NAMES:
+        return NAMES[key]
     if match := re.fullmatch(r"mm\.(\d{1,2})\.(weight|bias)", key):
         return f"multi_modal_projector.linear_{int(match[1]) // 2 + 1}.{match[2]}"
     match = re.fullmatch(r"v\.blk\.(0|[1-9]\d{0,3})\.(\w+)\.(weight|bias)", key)
     first, second = ("ffn_down", "ffn_up") if swapped else ("ffn_up", "ffn_down")
-    inner = _IN_BLOCK | {first: "mlp.fc1", second: "mlp.fc2"}
+    inner = IN_BLOCK | {first: "mlp.fc1", second: "mlp.fc2"}
     if match is None or match[2] not in inner:
         return key
     return f"vision_tower.encoder.layers.{match[1]}.{inner[match[2]]}.{match[3]}"
@@ -114,6 +137,8 @@ def _vision(file: GgufFile) -> VisionConfig:
         raise fields.wrong("clip.vision.patch_size", f"at most the {image_px} pixels of the image")
     # A converter drops the blocks behind the features, so that all that it left run; it may say so.
     features = fields.wholes("clip.vision.feature_layer", least=0, most=layers) or (layers,)
+    own = inner(fields, VISION_KEY)
+    counted = own.wholes("feature_layers", least=-layers - 1, most=layers)
     return VisionConfig(
         image_px=image_px,
         patch_px=patch_px,
@@ -122,9 +147,11 @@ def _vision(file: GgufFile) -> VisionConfig:
         heads=heads,
         ffn_width=fields.whole("clip.vision.feed_forward_length"),
         activation="gelu" if fields.flag("clip.use_gelu", False) else "quick_gelu",
-        norm_eps=fields.number("clip.vision.attention.layer_norm_epsilon"),
-        feature_layers=features,
-        post_norm="v.post_ln.weight" in file.tensors,
+        norm_eps=decimal(fields.number("clip.vision.attention.layer_norm_epsilon")),
+        # From the end, as the folder had it, where that means the same.
+        feature_layers=counted if tuple(each % (layers + 1) for each in counted) == features else features,
+        post_norm=bool({"v.post_ln.weight", "pumice.v.post_ln.weight"} & file.tensors.keys()),
+        keep_class_token=own.flag("keep_class_token", False),
     )
 
 
@@ -133,6 +160,8 @@ def _image(fields: Fields, vision: VisionConfig, *, newline: bool) -> ImageConfi
     canvases = _canvases(fields, vision) if newline else ()
     if not newline and "clip.vision.image_grid_pinpoints" in fields:
         raise unsupported(fields, "it lists canvases for tiles and has no image_newline vector", "LLaVA 1.6 with one")
+    if IMAGE_KEY in fields:
+        return _own_image(inner(fields, IMAGE_KEY), vision, newline=newline)
     return ImageConfig(
         mode="anyres" if newline else "pad",
         resize_px=vision.image_px,
@@ -142,6 +171,15 @@ def _image(fields: Fields, vision: VisionConfig, *, newline: bool) -> ImageConfi
         pinpoints=canvases,
         rules="original",
     )
+
+
+def _own_image(fields: Fields, vision: VisionConfig, *, newline: bool) -> ImageConfig:
+    """As the folder had it that the file was made from."""
+    modes: tuple[Mode, ...] = ("anyres",) if newline else ("pad", "crop")
+    rules: tuple[Rules, ...] = ("hf", "original")
+    mode = fields.one_of("mode", None, modes)
+    canvases = pinpoints(fields, (), vision.image_px) if newline else ()
+    return replace(image_config(fields, mode, vision, canvases), rules=fields.one_of("rules", None, rules))
 
 
 def _canvases(fields: Fields, vision: VisionConfig) -> tuple[Size, ...]:

@@ -25,6 +25,7 @@ from pumice import quant
 from pumice.checkpoints.fields import Fields, shown
 from pumice.checkpoints.mapped import MappedFile
 from pumice.checkpoints.tensors import MAX_TENSORS, Entry, refuse_pointer
+from pumice.checkpoints.whole import whole
 from pumice.errors import UserError
 from pumice.quant import Format, QTensor
 
@@ -383,24 +384,23 @@ def write_gguf(path: Path, values: Mapping[str, Value], tensors: Sequence[ToStor
     Nothing stands under `path` until all of it does: the bytes go to a file beside it that takes the name at the end.
     Raises UserError when the disk does not take them.
     """
+    with whole(path, replace=True) as partial:
+        yield from put_gguf(partial, values, tensors)
+
+
+def put_gguf(path: Path, values: Mapping[str, Value], tensors: Sequence[ToStore]) -> Iterator[str]:
+    """`write_gguf` for a path that is no model's yet. Raises OSError."""
     alignment = int(values["general.alignment"].value) if "general.alignment" in values else DEFAULT_ALIGNMENT
-    half_written = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with half_written.open("wb") as file:
-            file.write(_head(values, tensors, alignment))
-            for tensor in tensors:
-                data = tensor.load().tobytes()
-                assert len(data) == stored_bytes(tensor.shape, tensor.format), tensor.name
-                file.write(data)
-                _pad(file, alignment)
-                yield tensor.name
-            file.flush()
-            os.fsync(file.fileno())
-        half_written.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}", hint="check the disk and the folder") from error
-    finally:
-        half_written.unlink(missing_ok=True)
+    with path.open("wb") as file:
+        file.write(_head(values, tensors, alignment))
+        for tensor in tensors:
+            data = np.ascontiguousarray(tensor.load())
+            assert data.nbytes == stored_bytes(tensor.shape, tensor.format), tensor.name
+            file.write(data.data)
+            _pad(file, alignment)
+            yield tensor.name
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _head(values: Mapping[str, Value], tensors: Sequence[ToStore], alignment: int) -> bytes:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pumice.checkpoints.fields import Fields, is_number, is_whole, shown
 from pumice.errors import UserError
-from pumice.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Piece, PieceModel
+from pumice.sentencepiece import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED, Piece, PieceModel
 from pumice.tokenizer import Tokenizer
 
 _LLAMA_3 = (
@@ -16,7 +16,7 @@ _LLAMA_3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_SPLITS = {
+SPLITS = {
     "gpt-2": (_GPT_2,),
     "llama-bpe": (_LLAMA_3,),
     "llama3": (_LLAMA_3,),
@@ -33,16 +33,52 @@ END_WORDS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<e
 
 def tokenizer(fields: Fields) -> Tokenizer:
     """The tokenizer of a language model file. Raises UserError for a kind that pumice does not have, or damage."""
+    tokens, kinds = _tokens(fields)
+    if _model(fields) == "llama":
+        model, config = _sentencepiece(fields, tokens, kinds)
+        return Tokenizer.from_pieces(model, config=config)
+    return Tokenizer.from_json(json.dumps(_byte_level(fields, tokens, kinds)), config=_names(fields, tokens, {}))
+
+
+def tokenizer_files(fields: Fields) -> dict[str, dict[str, Any]]:
+    """The same tokenizer as files for a Hugging Face folder: their names and contents."""
+    tokens, kinds = _tokens(fields)
+    if _model(fields) == "llama":
+        model, config = _sentencepiece(fields, tokens, kinds)
+        names = {name: config[name] for name in _ROLES if name in config}
+        added = [{"id": int(id), **each} for id, each in config["added_tokens_decoder"].items()]
+        spec = _as_transformers(model, added, config["bos_token"] if config["add_bos_token"] else None)
+    else:
+        names, spec = _names(fields, tokens, {}), _byte_level(fields, tokens, kinds)
+    fillers = {id for id, kind in enumerate(kinds) if kind == UNUSED and tokens[id] == f"[PAD{id}]"}
+    spec["model"]["vocab"] = {text: id for text, id in spec["model"]["vocab"].items() if id not in fillers}
+    own: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
+    if "tokenizer.chat_template" in fields:
+        own["chat_template"] = fields.text("tokenizer.chat_template")
+    return {"tokenizer.json": spec, "tokenizer_config.json": own}
+
+
+def _as_transformers(model: PieceModel, added: Sequence[dict[str, Any]], bos: str | None) -> dict[str, Any]:
+    """A tokenizer.json that also says what `Tokenizer` does around the pairing: the space in front of a text."""
+    spec: dict[str, Any] = json.loads(model.as_json(added, bos))
+    if model.dummy_prefix:
+        spec["normalizer"]["normalizers"].insert(0, {"type": "Prepend", "prepend": SPACE})
+        spec["decoder"]["decoders"].append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return spec
+
+
+def _tokens(fields: Fields) -> tuple[list[str], list[int]]:
     tokens = _list(fields, "tokenizer.ggml.tokens", str)
     if len(set(tokens)) != len(tokens):
         raise fields.wrong("tokenizer.ggml.tokens", "tokens that differ from each other")
-    kinds = _list(fields, "tokenizer.ggml.token_type", int, like=tokens, default=NORMAL)
-    match fields.text("tokenizer.ggml.model"):
-        case "llama":
-            return _sentencepiece(fields, tokens, kinds)
-        case "gpt2":
-            return _byte_level(fields, tokens, kinds)
-    raise fields.wrong("tokenizer.ggml.model", "'llama' (sentencepiece) or 'gpt2' (byte-level BPE)")
+    return tokens, _list(fields, "tokenizer.ggml.token_type", int, like=tokens, default=NORMAL)
+
+
+def _model(fields: Fields) -> str:
+    name = fields.text("tokenizer.ggml.model")
+    if name not in ("llama", "gpt2"):
+        raise fields.wrong("tokenizer.ggml.model", "'llama' (sentencepiece) or 'gpt2' (byte-level BPE)")
+    return name
 
 
 def stop_ids(fields: Fields, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -54,7 +90,8 @@ def stop_ids(fields: Fields, tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(dict.fromkeys(each for each in ids if each is not None and 0 <= each < tokenizer.vocab_size))
 
 
-def _sentencepiece(fields: Fields, tokens: Sequence[str], kinds: Sequence[int]) -> Tokenizer:
+def _sentencepiece(fields: Fields, tokens: Sequence[str], kinds: Sequence[int]) -> tuple[PieceModel, dict[str, Any]]:
+    """The pieces, and what a tokenizer_config.json would say beside them."""
     scores = _list(fields, "tokenizer.ggml.scores", float, like=tokens, default=0.0)
     names = _names(fields, tokens, _SENTENCEPIECE_ROLES)
     unknown = names["unk_token"]
@@ -77,7 +114,7 @@ def _sentencepiece(fields: Fields, tokens: Sequence[str], kinds: Sequence[int]) 
     if _is_phi_3(fields):
         # They take the white space behind them, which GGUF cannot say.
         added = {id: each | {"rstrip": each["content"] not in _PHI_3_LEAVES_SPACE} for id, each in added.items()}
-    return Tokenizer.from_pieces(model, config=names | own | {"added_tokens_decoder": added})
+    return model, {**names, **own, "added_tokens_decoder": added}
 
 
 _PHI_3_LEAVES_SPACE = ("<unk>", "<s>", "<|endoftext|>")
@@ -85,24 +122,28 @@ _PHI_3_LEAVES_SPACE = ("<unk>", "<s>", "<|endoftext|>")
 
 def _is_phi_3(fields: Fields) -> bool:
     """By what llama.cpp goes by: the model's name, for Phi-3 is found under the architecture llama too."""
-    name = fields.text("general.name", "").lower()
-    return fields.raw("general.architecture") == "phi3" or "phi-3" in name or "phi3" in name
+    return fields.raw("general.architecture") == "phi3" or names_phi_3(fields.text("general.name", ""))
 
 
-def _byte_level(fields: Fields, tokens: Sequence[str], kinds: Sequence[int]) -> Tokenizer:
+def names_phi_3(name: str) -> bool:
+    return "phi-3" in name.lower() or "phi3" in name.lower()
+
+
+def _byte_level(fields: Fields, tokens: Sequence[str], kinds: Sequence[int]) -> dict[str, Any]:
+    """The content of a tokenizer.json."""
     pre = fields.text("tokenizer.ggml.pre", "default")
-    if pre not in _SPLITS:
-        raise fields.wrong("tokenizer.ggml.pre", " or ".join(_SPLITS))
+    if pre not in SPLITS:
+        raise fields.wrong("tokenizer.ggml.pre", " or ".join(SPLITS))
     names = _names(fields, tokens, {})
     llama_3 = pre in _LLAMA_3_NAMES
     bos = names.get("bos_token") if fields.flag("tokenizer.ggml.add_bos_token", llama_3) else None
     added = _added(tokens, kinds)
     cuts = [
-        {"type": "Split", "pattern": {"Regex": each}, "behavior": "Isolated", "invert": False} for each in _SPLITS[pre]
+        {"type": "Split", "pattern": {"Regex": each}, "behavior": "Isolated", "invert": False} for each in SPLITS[pre]
     ]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     front = [{"SpecialToken": {"id": bos, "type_id": 0}}] if bos else []
-    spec: dict[str, Any] = {
+    return {
         "version": "1.0",
         "added_tokens": [{"id": int(id), **each} for id, each in added.items()],
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*cuts, level]},
@@ -120,7 +161,6 @@ def _byte_level(fields: Fields, tokens: Sequence[str], kinds: Sequence[int]) -> 
             "ignore_merges": llama_3,
         },
     }
-    return Tokenizer.from_json(json.dumps(spec), config=names)
 
 
 _ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}

@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import math
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pumice import prompt
 from pumice.chat_template import template_for
 from pumice.checkpoints.form import expected_tensors
-from pumice.checkpoints.sidefiles import TEMPLATE_KEY, chat_template
+from pumice.checkpoints.safetensors_writer import Weight, put_safetensors
+from pumice.checkpoints.sidefiles import TEMPLATE_KEY, TOKENIZER_FILES, chat_template
 from pumice.checkpoints.tensors import listed
+from pumice.checkpoints.whole import check_free, whole
 from pumice.config import ImageConfig, LlavaConfig, TextConfig, VisionConfig
 from pumice.errors import UserError
 from pumice.tokenizer import Tokenizer
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
-_DTYPE_NAMES = {
+DTYPE_NAMES = {
     torch.float64: "float64",
     torch.float32: "float32",
     torch.float16: "float16",
@@ -65,17 +55,16 @@ def write_hf(
             f"the weights do not fit the config: {listed(wrong)} is missing, extra or of another shape",
             hint="write a model with the config that it was made from",
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        stored = _write_weights(partial, state, dtype, max_shard_bytes)
-        for name, content in _descriptions(config, _DTYPE_NAMES[stored]).items():
-            (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    weights = {
+        name: Weight(tuple(tensor.shape), dtype or tensor.dtype, functools.partial(state.__getitem__, name))
+        for name, tensor in state.items()
+    }
+    with whole(folder) as partial:
+        partial.mkdir()
+        for _ in put_weights(partial, weights, max_shard_bytes):
+            pass
+        put_descriptions(partial, config, main_dtype(weights))
         _copy_tokenizer(partial, tokenizer_files, config.template)
-        partial.chmod(0o755)  # mkdtemp made it private
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_writable(folder: Path, config: LlavaConfig, *, tokenizer_files: Path) -> None:
@@ -84,8 +73,12 @@ def check_writable(folder: Path, config: LlavaConfig, *, tokenizer_files: Path) 
     Raises UserError: the folder is there already and not empty; a config that Transformers' classes cannot express (a
     projector of another depth, the authors' image rules, no <image> token).
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is there already", hint="name a new folder, or remove that one")
+    check_free(folder)
+    check_sayable(config, tokenizer_files=tokenizer_files)
+
+
+def check_sayable(config: LlavaConfig, *, tokenizer_files: Path) -> None:
+    """Raises UserError for a config that Transformers' classes cannot express."""
     if config.text.qkv_bias and config.text.window is not None:
         raise UserError(
             "the language model has both biases and a sliding window, which no type of Transformers' has together",
@@ -133,44 +126,49 @@ def hub_key(name: str, *, eyes: bool) -> str:
     return name
 
 
-def _write_weights(folder: Path, state: Mapping[str, Tensor], dtype: torch.dtype | None, max_bytes: int) -> torch.dtype:
-    """The shards, and an index when there are several. Returns the type of the largest part."""
-    eyes = any(name.startswith("vision_tower.") for name in state)
-    shards = list(_shards(state, dtype, max_bytes))
+def put_weights(folder: Path, weights: Mapping[str, Weight], max_bytes: int) -> Iterator[str]:
+    """The shards, and an index when there are several; yields each tensor's published key when it is written."""
+    eyes = any(name.startswith("vision_tower.") for name in weights)
+    named = {hub_key(name, eyes=eyes): each for name, each in weights.items()}
+    shards = list(_shards(named, max_bytes))
     weight_map: dict[str, str] = {}
-    total = 0
-    sizes: dict[torch.dtype, int] = {}
-    for number, names in enumerate(shards, start=1):
+    for number, keys in enumerate(shards, start=1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-        # One shard at a time in memory; the CPU because the writer reads bytes.
-        tensors = {hub_key(name, eyes=eyes): state[name].detach().to("cpu", dtype).contiguous() for name in names}
-        save_file(tensors, str(folder / file), metadata={"format": "pt"})
-        (folder / file).chmod(0o644)  # save_file makes it private
-        for key, tensor in tensors.items():
-            weight_map[key] = file
-            total += tensor.nbytes
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+        yield from put_safetensors(folder / file, {key: named[key] for key in keys})
+        weight_map |= dict.fromkeys(keys, file)
     if len(shards) > 1:
+        total = sum(each.nbytes for each in named.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def main_dtype(weights: Mapping[str, Weight]) -> torch.dtype:
+    """The type of the largest part."""
+    sizes: dict[torch.dtype, int] = {}
+    for each in weights.values():
+        sizes[each.dtype] = sizes.get(each.dtype, 0) + each.nbytes
     return max(sizes, key=lambda each: sizes[each])
 
 
-def _shards(state: Mapping[str, Tensor], dtype: torch.dtype | None, max_bytes: int) -> Iterator[list[str]]:
-    names: list[str] = []
+def _shards(weights: Mapping[str, Weight], max_bytes: int) -> Iterator[list[str]]:
+    keys: list[str] = []
     filled = 0
-    for name in state:
-        tensor = state[name]
-        size = math.prod(tensor.shape) * (dtype or tensor.dtype).itemsize
-        if names and filled + size > max_bytes:
-            yield names
-            names, filled = [], 0
-        names.append(name)
-        filled += size
-    yield names
+    for key, each in weights.items():
+        if keys and filled + each.nbytes > max_bytes:
+            yield keys
+            keys, filled = [], 0
+        keys.append(key)
+        filled += each.nbytes
+    yield keys
 
 
 # --- the files beside them --------------------------------------------------------------------------------------------
+
+
+def put_descriptions(folder: Path, config: LlavaConfig, dtype: torch.dtype) -> None:
+    """What the folder says of itself: config.json, and how images are prepared."""
+    for name, content in _descriptions(config, DTYPE_NAMES[dtype]).items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _descriptions(config: LlavaConfig, dtype: str) -> dict[str, dict[str, object]]:

@@ -67,7 +67,7 @@ def read(folder: Path, config: Fields, companions: Companions, template: str | N
         has_newline=mode == "anyres",
         family="llava-1.6" if mode == "anyres" else "llava-1.5",
     )
-    return Checkpoint(folder, "original", whole, tokenizer, checked(entries, whole, folder))
+    return Checkpoint(folder, "original", whole, tokenizer, checked(entries, whole, folder), home=home)
 
 
 # --- config.json ------------------------------------------------------------------------------------------------------

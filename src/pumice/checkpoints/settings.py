@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from pumice.checkpoints.fields import Fields, is_number, is_whole, shown
+from pumice.checkpoints.fields import Fields, decimal, is_number, is_whole, shown
 from pumice.config import ImageConfig, Rotary, Size, TextConfig, VisionConfig
 from pumice.errors import UserError
 
@@ -125,7 +125,8 @@ def _rotary(fields: Fields, kind: str, head_width: int, positions: int) -> Rotar
         case "default":
             return Rotary(theta)
         case "linear":
-            return Rotary(theta, (given.number("factor"),) * half)
+            factor = decimal(given.number("factor"))
+            return Rotary(theta, (factor,) * half if factor != 1 else ())
         case "llama3":
             return Rotary(theta, _llama_3(given, theta, half, _trained_positions(fields, given, kind, positions)))
         case "longrope" | "su" if scaling == "longrope" or kind == "phi3":
@@ -133,7 +134,7 @@ def _rotary(fields: Fields, kind: str, head_width: int, positions: int) -> Rotar
             factor = given.number("factor", positions / switch)
             usual = math.sqrt(1 + math.log(factor) / math.log(switch)) if factor > 1 else 1.0
             short, long = divisors(given, "short_factor", half), divisors(given, "long_factor", half)
-            magnitude = given.number("attention_factor", usual)
+            magnitude = decimal(given.number("attention_factor", usual))
             if short == long:
                 return Rotary(theta, short, magnitude=magnitude)
             return Rotary(theta, short, long, switch, magnitude)
@@ -155,15 +156,15 @@ def _llama_3(given: Fields, theta: float, half: int, trained: int) -> tuple[floa
         raise given.wrong("high_freq_factor", f"more than low_freq_factor, {low}")
     turns = [trained * theta ** (-i / half) / (2 * math.pi) for i in range(half)]
     shares = [min(1.0, max(0.0, (each - low) / (high - low))) for each in turns]
-    return tuple(1 / ((1 - share) / factor + share) for share in shares)
+    return tuple(decimal(1 / ((1 - share) / factor + share)) for share in shares)
 
 
 def divisors(fields: Fields, key: str, count: int) -> tuple[float, ...]:
-    """A number above zero for each rotary frequency."""
+    """A number above zero for each rotary frequency, as a float32, which is how it is used and what GGUF holds."""
     values = fields.raw(key)
     if not isinstance(values, list) or len(values) != count or not all(is_number(each) and each > 0 for each in values):
         raise fields.wrong(key, f"{count} numbers above zero, one for each frequency")
-    return tuple(float(each) for each in values)
+    return tuple(decimal(each) for each in values)
 
 
 def vision_config(fields: Fields, feature_layers: tuple[int, ...], *, keep_class_token: bool) -> VisionConfig:

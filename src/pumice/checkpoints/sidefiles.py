@@ -13,6 +13,16 @@ from pumice.tokenizer import Tokenizer
 TEMPLATE_KEY = "pumice_template"
 """In a config.json that pumice wrote: the template's name, for most templates have no chat template to be known by."""
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+
 MAX_TEMPLATE_BYTES = 2**20
 
 

@@ -106,6 +106,10 @@ class Tensors(Mapping[str, Tensor]):
     def dtype(self, name: str) -> torch.dtype:
         return self._entries[name].dtype
 
+    def blocks(self, name: str) -> Format | None:
+        """The format of quantised values."""
+        return self._entries[name].blocks
+
     def kinds(self, *parts: str) -> str:
         """Which types the values have, and how many tensors of each: `Q4_K 193, F32 65`. parts: how the names of those
         that count begin; all without."""

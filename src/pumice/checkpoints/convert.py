@@ -1,0 +1,74 @@
+"""From any format to any other that can hold the model: reads one, writes the other, and says what was done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from pumice.checkpoints.form import COMPUTED, Checkpoint
+from pumice.checkpoints.origin import Origin, small_files
+from pumice.checkpoints.report import Progress, Report
+from pumice.checkpoints.tensors import open_weights
+from pumice.checkpoints.to_gguf import Types, write_pair
+from pumice.checkpoints.to_hf import write_folder
+from pumice.errors import UserError
+
+
+def _silent(name: str, done: int, total: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is to be written. `types` is for GGUF, `dtype` for a folder; `force` replaces what is there."""
+
+    path: Path
+    types: Types = field(default_factory=Types)
+    dtype: torch.dtype | None = None
+    force: bool = False
+
+
+def write(checkpoint: Checkpoint, target: Target, progress: Progress = _silent) -> Report:
+    """A path that ends in .gguf becomes a file, with its projector beside it; any other a Hugging Face folder.
+
+    One tensor at a time is in memory. Raises UserError: see `to_gguf.write_pair` and `to_hf.write_folder`.
+    """
+    _refuse_itself(checkpoint, target.path)
+    origin, left = _origin(checkpoint)
+    if target.path.suffix.lower() == ".gguf":
+        if target.dtype is not None:
+            raise UserError(
+                f"{target.path} is a GGUF, and a dtype came", hint="name its type with --quant: F32, F16, BF16"
+            )
+        report = write_pair(checkpoint, target.path, target.types, origin, force=target.force, progress=progress)
+    else:
+        if target.types != Types():
+            raise UserError(
+                f"{target.path} does not end in .gguf, and only a GGUF file holds quantised weights",
+                hint="name DST something.gguf, or choose the type of a folder with --dtype",
+            )
+        report = write_folder(checkpoint, target.path, target.dtype, origin, force=target.force, progress=progress)
+    return replace(report, left_out=(*report.left_out, *left))
+
+
+def _refuse_itself(checkpoint: Checkpoint, path: Path) -> None:
+    """Raises UserError where writing would remove the source: it is the destination, or lies in it."""
+    for source in (checkpoint.path, checkpoint.home, checkpoint.projector):
+        if source is not None and path.resolve() in (source.resolve(), *source.resolve().parents) and path.exists():
+            raise UserError(f"the source is {path} itself, or in it", hint="name another place for the result")
+
+
+def _origin(checkpoint: Checkpoint) -> tuple[Origin | None, list[tuple[str, str]]]:
+    """What the result is to remember of the source; and what of the source is not in the result."""
+    if checkpoint.format == "gguf":
+        return checkpoint.origin, []
+    files, left = small_files(checkpoint.path)
+    if checkpoint.home is not None and checkpoint.home != checkpoint.path:
+        beside, more = small_files(checkpoint.home)
+        # Of an adapter: what it says itself counts, and the tokenizer is the base model's.
+        files, left = {**beside, **files}, [*left, *more]
+    for key in open_weights(checkpoint.path):
+        if key.endswith(COMPUTED):
+            left.append((key, "computed from the config"))
+    return Origin(checkpoint.format, files), left

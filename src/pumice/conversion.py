@@ -1,0 +1,64 @@
+"""`pumice.convert`: a model in one format, written in another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pumice.checkpoints.convert import Target, write
+from pumice.checkpoints.gguf_eyes_writer import FILE_TYPES
+from pumice.checkpoints.mixes import mix
+from pumice.checkpoints.report import Progress, Report
+from pumice.checkpoints.to_gguf import Types
+from pumice.errors import UserError, nearest
+from pumice.model import DTYPES, Source
+from pumice.quant import FORMATS
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a conversion seldom needs.
+
+    dtype: float32, bfloat16 or float16, of a folder's weights; None keeps theirs, and takes float16 for what comes out
+    of blocks. template: the prompt template, instead of the checkpoint's own. requantise: make blocks of blocks, at a
+    second loss. force: replace what is at the destination. progress: called after each tensor.
+    """
+
+    dtype: str | None = None
+    template: str | None = None
+    requantise: bool = False
+    force: bool = False
+    progress: Progress | None = None
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    quant: str | None = None,
+    vision: str | None = None,
+    beside: str | Path | Sequence[str | Path] = (),
+    choices: Choices | None = None,
+) -> Report:
+    """Write the model `src` as `dst`: a GGUF file if that ends in .gguf, with `mmproj-NAME` beside it for a LLaVA, a
+    Hugging Face folder otherwise. It appears whole or not at all; one tensor at a time is in memory.
+
+    src: what `pumice.load` takes. quant: a mix of llama.cpp's (`Q4_K_M`, `Q8_0`, …) or `F16`, `BF16`, `F32`; None keeps
+    each weight's type. vision: `f16`, `q8_0`, `f32` or `bf16` for tower and projector; None takes f16 beside a quant.
+    beside: as for `pumice.load`.
+
+    Raises UserError: what `pumice.load` raises; a destination that is there already; a model or a choice that the
+    destination's format cannot hold; a full disk.
+    """
+    chosen = choices or Choices()
+    if chosen.dtype is not None and chosen.dtype not in DTYPES:
+        raise UserError(f"dtype is {chosen.dtype!r}", hint=nearest(chosen.dtype, DTYPES))
+    if vision is not None and vision.upper() not in FILE_TYPES:
+        raise UserError(f"vision is {vision!r}", hint=f"one of {', '.join(each.lower() for each in FILE_TYPES)}")
+    types = Types(mix(quant) if quant else None, FORMATS[vision.upper()] if vision else None, chosen.requantise)
+    folders = (beside,) if isinstance(beside, str | Path) else tuple(beside)
+    checkpoint = Source(src, chosen.template, beside=folders).checkpoint()
+    dtype = DTYPES[chosen.dtype] if chosen.dtype else None
+    target = Target(Path(dst).expanduser(), types, dtype, chosen.force)
+    return write(checkpoint, target, *([chosen.progress] if chosen.progress else []))
