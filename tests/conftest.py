@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from pumice import engine, ops
+
 # Tiny networks: a second thread costs more than it brings, and the tests run in two processes.
 torch.set_num_threads(1)
 
@@ -32,3 +34,11 @@ def reference(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"the reference results are not here: {path}")
     return path
+
+
+@pytest.fixture
+def unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights in blocks multiplied as the numbers that they stand for, activations and keys as they are: without the
+    rounding that the CPU kernels make of activations, and llama.cpp too."""
+    monkeypatch.setattr(ops, "_by_kernels", lambda x: False)
+    monkeypatch.setattr(engine, "cache_type", lambda model: model.like.dtype)

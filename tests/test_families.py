@@ -293,7 +293,7 @@ def test_show_says_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("quant", ["Q8_0", "Q4_0"])
-def test_joined_matrices_stay_in_blocks(quant: str, tmp_path: Path) -> None:
+def test_joined_matrices_stay_in_blocks(quant: str, tmp_path: Path, unrounded: None) -> None:
     """The pieces are views of the file's rows, and unpack to what the gguf package unpacks."""
     theirs = oracle(CONFIGS["phi3-long"])
     path = written(theirs, tmp_path / "lm.gguf", quant=quant)

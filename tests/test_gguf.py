@@ -182,7 +182,7 @@ def test_a_pair_computes_what_its_folder_computes(lm: str, family: str, legacy: 
 
 
 @pytest.mark.parametrize("quant", ["Q8_0", "Q4_0", "BF16"])
-def test_quantised_weights_are_those_of_the_file(quant: str, tmp_path: Path) -> None:
+def test_quantised_weights_are_those_of_the_file(quant: str, tmp_path: Path, unrounded: None) -> None:
     """In blocks: the same answer as from a folder that holds the unpacked numbers, and a fraction of its memory."""
     folder = tiny.hf_folder(tmp_path / "hf", family="1.5", lm="mistral", seed=6)
     path = pair(folder, tmp_path / "gguf", quant=quant)

@@ -123,7 +123,7 @@ def test_k_quants_stay_near(name: str, error: float) -> None:
 
 
 @pytest.mark.parametrize("name", PACKED)
-def test_a_matrix_in_blocks(name: str) -> None:
+def test_a_matrix_in_blocks(name: str, unrounded: None) -> None:
     """Shape, bytes, single rows, and a product that is the product with the unpacked matrix."""
     torch.manual_seed(3)
     format = FORMATS[name]

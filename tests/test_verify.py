@@ -230,7 +230,7 @@ def test_another_template_is_seen_in_the_prompts(folder: Path) -> None:
     assert card.whole.kl_max > 0
 
 
-def test_quantised_against_transformers(tmp_path: Path) -> None:
+def test_quantised_against_transformers(tmp_path: Path, unrounded: None) -> None:
     """F32 and Q4_0 of one model: the figures that come from Transformers' logits of both sets of weights."""
     path = tiny.hf_folder(tmp_path / "hf", family="1.5", lm="vicuna", seed=5)
     blocks = Source(pair(path, tmp_path / "q4", quant="Q4_0"), template="vicuna_v1")

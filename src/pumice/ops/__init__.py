@@ -57,7 +57,7 @@ def _by_kernels(x: Tensor) -> bool:
 def linear(x_TD: Tensor, weight_FD: Tensor | QTensor, bias_F: Tensor | None) -> Tensor:
     """x Wᵀ + b: see `reference.linear`."""
     if isinstance(weight_FD, QTensor):
-        if _by_kernels(x_TD):
+        if _by_kernels(x_TD) and weight_FD.format.dtype is None:
             return cpu.linears(x_TD, [weight_FD], [bias_F])[0]
         weight_FD = weight_FD.dense(x_TD.dtype)
     return _backend().linear(x_TD, weight_FD, bias_F)
@@ -65,7 +65,7 @@ def linear(x_TD: Tensor, weight_FD: Tensor | QTensor, bias_F: Tensor | None) -> 
 
 def linears(x_TD: Tensor, weights: Sequence[Tensor | QTensor], biases: Sequence[Tensor | None]) -> Sequence[Tensor]:
     """`linear` of one input with several matrices."""
-    in_blocks = [each for each in weights if isinstance(each, QTensor)]
+    in_blocks = [each for each in weights if isinstance(each, QTensor) and each.format.dtype is None]
     if len(in_blocks) == len(weights) and _by_kernels(x_TD):
         return cpu.linears(x_TD, in_blocks, biases)
     return [linear(x_TD, weight, bias) for weight, bias in zip(weights, biases)]

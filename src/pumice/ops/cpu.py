@@ -160,6 +160,7 @@ def instruction_set() -> int:
 
 
 def _matrix(weight: QTensor, bias_F: Tensor | None, out_MF: Tensor | None) -> _Matrix:
+    assert weight.format.dtype is None, f"there is no kernel for {weight.format.name}"
     rows, row_bytes = weight.data_RB.shape
     out = (None, 0) if out_MF is None else (out_MF.data_ptr(), out_MF.shape[1])
     bias = None if bias_F is None else bias_F.data_ptr()
