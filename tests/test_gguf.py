@@ -20,10 +20,12 @@ from PIL import Image
 import pumice
 import tiny
 from conftest import reference
-from pumice import Sampling, UserError, checkpoints
+from pumice import Sampling, UserError, checkpoints, engine
 from pumice.checkpoints.gguf_file import Stored, ToStore, Value, open_gguf, write_gguf
 from pumice.checkpoints.gguf_vocab import stop_ids, tokenizer
+from pumice.network.llava import generate
 from pumice.prompt import Part
+from pumice.quant import QTensor
 from pumice.train import Recipe, train
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8))
@@ -199,6 +201,29 @@ def test_quantised_weights_are_those_of_the_file(quant: str, tmp_path: Path, unr
     )
     if quant == "Q4_0":
         assert found.tensors.nbytes < 0.4 * checkpoints.read(folder).tensors.nbytes
+
+
+@pytest.mark.parametrize("quant", ["Q8_0", "Q4_0"])
+def test_kernels_are_near_the_unrounded_numbers(
+    quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Prompt and decode steps on the kernels, with eyes in eight bits: near what the same file gives without these
+    roundings, and with keys as they are the fast loop is the plain one."""
+    monkeypatch.setattr(engine, "cache_type", lambda model: torch.float32)
+    folder = tiny.hf_folder(tmp_path / "hf", family="1.6", lm="mistral", seed=6)
+    path = pair(folder, tmp_path / "gguf", quant=quant)
+    model = pumice.load(path, template="mistral_instruct")
+    question = pumice.Question("What is it?", PICTURE, sampling=FEW)
+    seen = model.see(question)
+    found, answer = logits(model, seen), model.answer(question).tokens
+    features = model.features(seen.images)
+    assert list(answer) == list(generate(model.network, seen.encoded.ids, features, FEW.max_tokens))
+    assert isinstance(model.network.vision_tower.encoder.layers[0].mlp.fc1.weight, QTensor)
+    request.getfixturevalue("unrounded")
+    plain = pumice.load(path, template="mistral_instruct", dtype="float32")
+    wanted = logits(plain, plain.see(question))
+    assert float((found - wanted).norm()) < 0.05 * float(wanted.norm())
+    assert not torch.equal(found, wanted)
 
 
 def test_without_eyes_it_is_a_text_model(tmp_path: Path) -> None:

@@ -397,7 +397,7 @@ def _network(
     with torch.device("meta"):
         network = Llava(config)
     # Beside a language model in blocks, and unless a type was asked for, the eyes take part in eight bits.
-    in_blocks = isinstance(tensors.stored("language_model.layers.0.mlp.down_proj.weight"), QTensor)
+    in_blocks = tensors.blocks("language_model.layers.0.self_attn.q_proj.weight") is not None
     eyes_in_blocks = in_blocks and dtype is None and device.type == "cpu"
     dtype = dtype or tensors.dtype("language_model.embed_tokens.weight")
     for name in network.state_dict():
