@@ -54,8 +54,3 @@ inline float lanes_sum(V v) {
     for (float lane : v.lane) sum += lane;
     return sum;
 }
-inline float lanes_most(V v) {
-    float out = v.lane[0];
-    for (float lane : v.lane) out = lane > out ? lane : out;
-    return out;
-}
