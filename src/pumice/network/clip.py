@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from pumice import ops
 from pumice.config import VisionConfig
-from pumice.network.layers import Linear, together
+from pumice.network.layers import Embedding, Linear, Patches, together
 
 
 class Embeddings(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.class_embedding = nn.Parameter(torch.empty(config.width))
-        self.patch_embedding = nn.Conv2d(3, config.width, config.patch_px, stride=config.patch_px, bias=False)
-        self.position_embedding = nn.Embedding(config.positions, config.width)
+        self.patch_embedding = Patches(3, config.width, config.patch_px, stride=config.patch_px, bias=False)
+        self.position_embedding = Embedding(config.positions, config.width)
 
     def forward(self, pixels_N3YX: Tensor) -> Tensor:
         # The patches do not overlap, so the convolution is a matrix product: the same sums by the faster road.

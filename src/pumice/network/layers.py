@@ -13,6 +13,11 @@ from pumice import ops
 class Linear(nn.Linear):
     """y = x Wᵀ + b, run by whatever the hardware does best."""
 
+    def reset_parameters(self) -> None:
+        # Drawing on the meta device draws nothing, and imports PyTorch's compiler to do so.
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, input: Tensor) -> Tensor:
         return ops.linear(input, self.weight, self.bias)
 
@@ -25,8 +30,20 @@ def together(x_TD: Tensor, *layers: Linear) -> Sequence[Tensor]:
 class Embedding(nn.Embedding):
     """A row of the table for each id."""
 
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, input: Tensor) -> Tensor:
         return ops.embed(input, self.weight)
+
+
+class Patches(nn.Conv2d):
+    """The weights that a picture's patches are multiplied with."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 class RmsNorm(nn.Module):
