@@ -44,12 +44,13 @@ def matrix(name: str, rows: int, columns: int, seed: int = 0) -> QTensor:
     return QTensor(data_NB.view(rows, -1), format)
 
 
-def rounded(x_MK: Tensor, group: int) -> Tensor:
-    """What the kernels make of activations: int8 levels of a scale for each group."""
-    x_MGE = x_MK.unflatten(-1, (-1, group))
+def rounded(x_MK: Tensor, group: int, most_level: float = 127) -> Tensor:
+    """What the kernels make of activations: whole levels of a scale for each group."""
+    columns = x_MK.shape[1]
+    x_MGE = torch.nn.functional.pad(x_MK, (0, -columns % group)).unflatten(-1, (-1, group))
     most_MG1 = x_MGE.abs().amax(-1, keepdim=True)
-    inverse_MG1 = torch.where(most_MG1 > 0, torch.tensor(127.0) / most_MG1, 0.0)
-    return (torch.round(x_MGE * inverse_MG1) * (most_MG1 / 127)).flatten(-2)
+    inverse_MG1 = torch.where(most_MG1 > 0, torch.tensor(most_level) / most_MG1, 0.0)
+    return (torch.round(x_MGE * inverse_MG1) * (most_MG1 / most_level)).flatten(-2)[:, :columns]
 
 
 def far(given: Tensor, expected: Tensor) -> float:
@@ -67,10 +68,14 @@ def test_products_are_those_of_the_rounded_activations(name: str, instruction_se
             x_MK = torch.randn(m, columns, generator=draw) * torch.logspace(-3, 3, m)[:, None]
             bias_N = torch.randn(rows, generator=draw)
             (y_MN,) = cpu.linears(x_MK, [weight], [bias_N])
-            group = 256 if whole else 32
-            expected_MN = rounded(x_MK, group).double() @ weight.dense().double().T + bias_N
+            # Beside many rows AVX2 makes all scales whole: see docs/kernels.md.
+            shared = instruction_set == "avx2" and m > 8
+            most_level = 1023 if shared and name in ("Q8_0", "IQ4_NL") else 127
+            x_rounded_MK = rounded(x_MK, 256 if whole or shared else 32, most_level)
+            expected_MN = x_rounded_MK.double() @ weight.dense().double().T + bias_N
             for row in range(m):
-                assert far(y_MN[row], expected_MN[row]) < 3e-6, (rows, columns, m, row)
+                near = 5e-4 if shared and not whole else 3e-6
+                assert far(y_MN[row], expected_MN[row]) < near, (rows, columns, m, row)
 
 
 @pytest.mark.parametrize("name", BLOCKS)

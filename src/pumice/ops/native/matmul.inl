@@ -53,8 +53,8 @@ inline void part_of(const Matrix& w, const Activations& x, int64_t first, int64_
 }
 
 inline Layout layout_of(int32_t format, bool many) {
-    if (format >= Q2_K && format <= Q6_K) return BY_256;
-    return WIDE_ACTIVATIONS && many && (format == Q8_0 || format == IQ4_NL) ? WIDE : BY_32;
+    if (many) return layout_of_many(format);
+    return format >= Q2_K && format <= Q6_K ? BY_256 : BY_32;
 }
 
 inline int64_t in_lines(int64_t bytes) { return (bytes + 63) & ~int64_t(63); }
@@ -70,14 +70,13 @@ inline int64_t scratch_bytes(int64_t m, int64_t k, int threads) {
 inline void matmul(const Matrix* matrices, int count, const float* x, int64_t x_stride, int64_t m, int64_t k, int threads,
                    uint8_t* scratch) {
     const bool many = PANEL > 1 && m > FEW_ROWS;
-    const int tile_rows[LAYOUTS] = {TILE_ROWS_32, TILE_ROWS_256, TILE_ROWS_32};
     uint8_t* at = (uint8_t*)in_lines(int64_t(uintptr_t(scratch)));
     const auto next_part = [&](Layout layout) {
-        const Activations part(m, k, layout, many ? tile_rows[layout] : 0, at);
+        const Activations part(m, k, layout, many ? tile_rows_of(layout) : 0, at);
         at += in_lines(Activations::bytes(m, k, layout));
         return part;
     };
-    const Activations as[LAYOUTS] = {next_part(BY_32), next_part(BY_256), next_part(WIDE)};
+    const Activations as[LAYOUTS] = {next_part(BY_32), next_part(BY_256), next_part(SHIFTED), next_part(WIDE)};
     float* sums = (float*)at;
     bool wanted[LAYOUTS] = {};
     for (int i = 0; i < count; i++) wanted[layout_of(matrices[i].format, many)] = true;

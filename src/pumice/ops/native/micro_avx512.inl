@@ -3,8 +3,11 @@
 // vpdpbusd adds four products of unsigned levels and signed activations to an int32 sum. Multiplications of any kind
 // share its ports, so the scales of K-quants are applied in floating point, once for each sub-block.
 
-constexpr int PANEL = 32, TILE_ROWS_32 = 6, TILE_ROWS_256 = 4;
-constexpr bool WIDE_ACTIVATIONS = false;
+constexpr int PANEL = 32;
+
+constexpr int tile_rows_of(Layout layout) { return layout == BY_32 ? 6 : 4; }
+
+inline Layout layout_of_many(int32_t format) { return format >= Q2_K && format <= Q6_K ? BY_256 : BY_32; }
 
 template <Format F, bool = Traits<F>::whole> struct PanelChunk;
 
@@ -12,7 +15,7 @@ template <Format F> struct PanelChunk<F, false> {
     alignas(64) uint8_t level[CHUNK / 4][PANEL][4];
     alignas(64) float scale[8][PANEL], offset[8][PANEL];
 
-    void put_scales(int row, const FloatScales& s) {
+    void put(int row, uint8_t*, const FloatScales& s) {
         for (int j = 0; j < 8; j++) {
             scale[j][row] = s.scale[j];
             offset[j][row] = s.offset[j];
@@ -27,7 +30,7 @@ template <Format F> struct PanelChunk<F, true> {
     alignas(64) int16_t min[subs / 2][PANEL][2];  // two sub-blocks side by side
     alignas(64) float d[PANEL], dmin[PANEL];
 
-    void put_scales(int row, const WholeScales& s) {
+    void put(int row, uint8_t*, const WholeScales& s) {
         for (int j = 0; j < subs; j++) scale[j][row] = s.scale[j];
         for (int j = 0; j < subs; j++) min[j / 2][row][j % 2] = s.min[j];
         d[row] = s.d;

@@ -1,8 +1,6 @@
 // Many rows of activations: PANEL rows of weights become a panel, chunk by chunk, and meet every tile of activations while
 // they are in the first cache.
 
-template <Format F> constexpr int tile_rows = Traits<F>::whole ? TILE_ROWS_256 : TILE_ROWS_32;
-
 template <Format F, int MR>
 inline void tile_of(int rows, const PanelChunk<F>& w, int subs, const TileRows& x, float* c) {
     if constexpr (MR == 1)
@@ -17,7 +15,7 @@ inline void tile_of(int rows, const PanelChunk<F>& w, int subs, const TileRows& 
 template <Format F> void fill(PanelChunk<F>& panel, const Matrix& w, int64_t first, int64_t chunk, int count) {
     alignas(64) uint8_t q[PANEL * CHUNK];
     const int rows = int(w.rows - first < PANEL ? w.rows - first : PANEL);
-    if (rows < PANEL) memset(q, 0, sizeof q);
+    if (rows < PANEL || count < CHUNK) memset(q, 0, sizeof q);
     Scales<F> s;
     for (int row = 0; row < PANEL; row++) {
         if (row < rows) {
@@ -27,7 +25,7 @@ template <Format F> void fill(PanelChunk<F>& panel, const Matrix& w, int64_t fir
         } else {
             s = Scales<F>();
         }
-        panel.put_scales(row, s);
+        panel.put(row, q + row * CHUNK, s);
     }
     put_levels<F>(q, count, panel);
 }
@@ -35,15 +33,16 @@ template <Format F> void fill(PanelChunk<F>& panel, const Matrix& w, int64_t fir
 // Rows `first` to `last` of weights, at most TOGETHER panels; `c` has room for TOGETHER * x.m * PANEL sums.
 template <Format F> void panels(const Matrix& w, const Activations& x, int64_t first, int64_t last, float* c) {
     PanelChunk<F> panel[TOGETHER];
+    constexpr int most_rows = Traits<F>::whole ? tile_rows_of(BY_256) : tile_rows_of(BY_32);
     const int count_of_panels = int((last - first + PANEL - 1) / PANEL);
     memset(c, 0, size_t(count_of_panels * x.m) * PANEL * sizeof(float));
     for (int64_t chunk = 0; chunk < x.chunks; chunk++) {
         const int count = x.count(chunk);
         for (int p = 0; p < count_of_panels; p++) fill<F>(panel[p], w, first + p * PANEL, chunk, count);
-        for (int64_t m = 0; m < x.m; m += tile_rows<F>) {
-            const int rows = int(x.m - m < tile_rows<F> ? x.m - m : tile_rows<F>);
+        for (int64_t m = 0; m < x.m; m += most_rows) {
+            const int rows = int(x.m - m < most_rows ? x.m - m : most_rows);
             for (int p = 0; p < count_of_panels; p++)
-                tile_of<F, tile_rows<F>>(rows, panel[p], count / 32, x.tile(chunk, m), c + (p * x.m + m) * PANEL);
+                tile_of<F, most_rows>(rows, panel[p], count / 32, x.tile(chunk, m), c + (p * x.m + m) * PANEL);
         }
     }
     for (int p = 0; p < count_of_panels; p++) {

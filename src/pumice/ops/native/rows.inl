@@ -23,14 +23,15 @@ struct TileRows {
     template <int sub> const int16_t* sums(int r) const { return (sub == 16 ? sums_of_16 : sums_of_32) + r * 16; }
 };
 
-// How activations are laid out. BY_256: one scale a chunk. WIDE: levels of 16 bits, in tiles only.
-enum Layout : int { BY_32, BY_256, WIDE, LAYOUTS };
+// How activations are laid out. BY_32: one scale for 32 channels; all others: one a chunk. In tiles only: SHIFTED, levels
+// with 128 added, and WIDE, levels of 11 bits in 16.
+enum Layout : int { BY_32, BY_256, SHIFTED, WIDE, LAYOUTS };
 
 // Everything about the activations of one call, in memory that the caller owns (see `bytes`).
 //   m rows, k channels, chunks of 256 (the last may be shorter). Arrays run over [chunk][row].
 struct Activations {
     int64_t m, k, chunks;
-    bool whole;      // one scale a chunk
+    Layout layout;
     int tile_rows;   // 0: rows stay as they are
     int level_bytes;
     int8_t* level;  // [chunk][row][CHUNK], or [chunk][tile][groups of four bytes][row of the tile][4]
@@ -42,8 +43,8 @@ struct Activations {
         return size_t(m * chunks) * (CHUNK * (layout == WIDE ? 2 : 1) + 8 * 4 + 8 * 4 + 32 + 32) + 64;
     }
 
-    Activations(int64_t m_, int64_t k_, Layout layout, int tile_rows_, uint8_t* memory)
-        : m(m_), k(k_), chunks((k_ + CHUNK - 1) / CHUNK), whole(layout == BY_256), tile_rows(tile_rows_) {
+    Activations(int64_t m_, int64_t k_, Layout layout_, int tile_rows_, uint8_t* memory)
+        : m(m_), k(k_), chunks((k_ + CHUNK - 1) / CHUNK), layout(layout_), tile_rows(tile_rows_) {
         const int64_t cells = m * chunks;
         level_bytes = layout == WIDE ? 2 : 1;
         level = (int8_t*)memory;
@@ -54,7 +55,7 @@ struct Activations {
     }
 
     int count(int64_t chunk) const { return int(k - chunk * CHUNK < CHUNK ? k - chunk * CHUNK : CHUNK); }
-    int scale_stride() const { return whole ? 1 : 8; }
+    int scale_stride() const { return layout == BY_32 ? 8 : 1; }
 
     ChunkOfRow row(int64_t chunk, int64_t r) const {
         const int64_t cell = chunk * m + r;
@@ -67,61 +68,77 @@ struct Activations {
         return {c.level, c.scales, c.offsets, c.sums_of_16, c.sums_of_32, scale_stride()};
     }
 
-    // Quantise one row of one chunk: level = round to even (x * 127 / max |x|).
+    // Quantise one row of one chunk: level = round to even (x * most level / max |x|).
     void fill(int64_t chunk, int64_t r, const float* x) const {
-        alignas(32) int8_t q[CHUNK];
-        const int n = count(chunk), group = whole ? CHUNK : 32;
+        if (layout == WIDE)
+            fill_with<int16_t>(chunk, r, x, 1023);
+        else
+            fill_with<int8_t>(chunk, r, x, 127);
+    }
+
+   private:
+    template <class Level> void fill_with(int64_t chunk, int64_t r, const float* x, float most_level) const {
+        alignas(32) Level q[CHUNK];
+        const int n = count(chunk), group = layout == BY_32 ? 32 : CHUNK;
         const int64_t cell = chunk * m + r;
         float* scale = scales + cell * scale_stride();
-        float* offset = offsets + cell * 8;
-        int16_t *s16 = sums_of_16 + cell * 16, *s32 = sums_of_32 + cell * 16;
-        memset(q, 0, sizeof q);
-        if (!whole) memset(scale, 0, 8 * sizeof(float));  // blocks that a short chunk lacks count nothing
+        if (n < CHUNK) memset(q, 0, sizeof q);
+        if (layout == BY_32) memset(scale, 0, 8 * sizeof(float));  // blocks that a short chunk lacks count nothing
         for (int g = 0; g * group < n; g++) {
             const int size = n - g * group < group ? n - g * group : group;
             const float* in = x + g * group;
-            float most = 0;
-            for (int i = 0; i < size; i++) {
-                const float a = fabsf(in[i]);
-                most = a > most ? a : most;
-            }
-            const float inverse = most > 0 ? 127 / most : 0;
-            scale[g] = most / 127;
-            for (int i = 0; i < size; i++) q[g * group + i] = int8_t(int32_t(rintf(in[i] * inverse)));
+            const float greatest = greatest_of(in, size);
+            const float inverse = greatest > 0 ? most_level / greatest : 0;
+            scale[g] = greatest / most_level;
+            for (int i = 0; i < size; i++) q[g * group + i] = Level(int32_t(rintf(in[i] * inverse)));
         }
+        if (layout != WIDE) keep_sums(cell, (const int8_t*)q, scale);
+        put(chunk, r, q);
+    }
+
+    // The greatest size of `count` numbers, a multiple of 32.
+    static float greatest_of(const float* x, int count) {
+        V top = all(0);
+        for (int i = 0; i < count; i += WIDTH) {
+            const V v = load(x + i);
+            top = most(most(v, mul(v, all(-1))), top);
+        }
+        float lanes[WIDTH], greatest = 0;
+        store(lanes, top);
+        for (const float lane : lanes) greatest = lane > greatest ? lane : greatest;
+        return greatest;
+    }
+
+    void keep_sums(int64_t cell, const int8_t* q, const float* scale) const {
+        int16_t *s16 = sums_of_16 + cell * 16, *s32 = sums_of_32 + cell * 16;
         for (int j = 0; j < 16; j++) {
             int sum = 0;
             for (int i = 0; i < 16; i++) sum += q[16 * j + i];
             s16[j] = int16_t(sum);
         }
         for (int j = 0; j < 16; j++) s32[j] = int16_t(j < 8 ? s16[2 * j] + s16[2 * j + 1] : 0);
-        if (!whole)
-            for (int j = 0; j < 8; j++) offset[j] = scale[j] * s32[j];
-        put(chunk, r, q);
+        if (layout == BY_32)
+            for (int j = 0; j < 8; j++) offsets[cell * 8 + j] = scale[j] * s32[j];
     }
 
-   private:
-    void put(int64_t chunk, int64_t r, const int8_t* q) const {
-        int8_t* out = level + (chunk * m + r) * CHUNK;
-        if (PAIRED_BLOCKS && tile_rows == 0 && !whole) {
+    template <class Level> void put(int64_t chunk, int64_t r, const Level* q) const {
+        if (tile_rows == 0) {
+            int8_t* out = level + (chunk * m + r) * CHUNK;
+            if (!PAIRED_BLOCKS || layout != BY_32) {
+                memcpy(out, q, CHUNK);
+                return;
+            }
             // Two blocks at a time: the first halves of both, then the second halves (see `pair_levels`).
             for (int i = 0; i < CHUNK; i += 64)
                 for (int half = 0; half < 4; half++) memcpy(out + i + 16 * half, q + i + 16 * (half % 2 * 2 + half / 2), 16);
             return;
         }
-        if (tile_rows == 0) {
-            memcpy(out, q, CHUNK);
-            return;
-        }
         const int64_t first = r / tile_rows * tile_rows, rows = m - first < tile_rows ? m - first : tile_rows;
-        int8_t* tile_out = level + (chunk * m + first) * CHUNK * level_bytes + (r - first) * 4;
-        if (level_bytes == 1) {
-            for (int g = 0; g < CHUNK / 4; g++) memcpy(tile_out + g * rows * 4, q + g * 4, 4);
-        } else {
-            for (int g = 0; g < CHUNK / 2; g++) {
-                const int16_t two[2] = {q[2 * g], q[2 * g + 1]};
-                memcpy(tile_out + g * rows * 4, two, 4);
-            }
+        int8_t* out = level + (chunk * m + first) * CHUNK * level_bytes + (r - first) * 4;
+        const uint32_t shift = layout == SHIFTED ? 0x80808080 : 0;
+        for (int g = 0; g < CHUNK / 4 * level_bytes; g++) {
+            const uint32_t four = u32_at((const uint8_t*)q + 4 * g) ^ shift;
+            memcpy(out + g * rows * 4, &four, 4);
         }
     }
 };

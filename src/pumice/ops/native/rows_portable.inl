@@ -1,8 +1,11 @@
 // Any CPU: plain loops that a compiler makes into what vectors it has. Weights are read four rows of activations at a
 // time, always in place.
 
-constexpr int PANEL = 1, TILE_ROWS_32 = 0, TILE_ROWS_256 = 0;
-constexpr bool WIDE_ACTIVATIONS = false;
+constexpr int PANEL = 1;
+
+constexpr int tile_rows_of(Layout) { return 0; }
+
+inline Layout layout_of_many(int32_t format) { return format >= Q2_K && format <= Q6_K ? BY_256 : BY_32; }
 
 // Levels 32 i to 32 i + 31 of the chunk at b. What `levels_avx2.inl` does, a byte at a time.
 template <Format F> inline void levels_of(const uint8_t* b, int i, int16_t* q) {
