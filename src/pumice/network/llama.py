@@ -133,7 +133,7 @@ class LanguageModel(nn.Module):
         """Hidden states after the final norm, (B, T, D), from embeddings of the same shape."""
         cos_BTE, sin_BTE = ops.rotary(batch.positions_BT, self.config.head_width, self.config.rotary)
         turn = (cos_BTE.to(x_BTD.dtype), sin_BTE.to(x_BTD.dtype))
-        if batch.cache is not None and ops.is_short_pass(x_BTD) and self._at_once is not None:
+        if batch.cache is not None and ops.takes_blocks(x_BTD) and self._at_once is not None:
             # In a cache a query sees its row up to its own position, whatever the mask was made for.
             return self.norm(self._at_once.run(x_BTD, turn, batch.positions_BT, batch.cache.pages()))
         batch = windowed(batch, self.config.window)

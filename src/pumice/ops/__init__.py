@@ -29,13 +29,13 @@ __all__ = [
     "eight_bits",
     "embed",
     "gated_mlp",
-    "is_short_pass",
     "linear",
     "linears",
     "quick_gelu",
     "rms_norm",
     "rotary",
     "rotate",
+    "takes_blocks",
 ]
 
 BACKENDS = {"fused": fused, "reference": reference}
@@ -107,10 +107,9 @@ def attention(
 ) -> Tensor:
     """Softmax attention with grouped key/value heads: see `reference.attention`. Keys and values may be of a narrower
     type than the queries."""
-    tokens, width = q_BHTE.shape[2:]
-    few = tokens <= cpu.FEW_QUERIES and width % 8 == 0 and not causal
-    if few and q_BHTE.dtype == torch.float32 and k_BKSE.dtype in cpu.KEY_TYPES and _by_kernels(q_BHTE):
-        return cpu.attention(q_BHTE, k_BKSE, v_BKSE, mask_BTS)
+    plain = q_BHTE.dtype == torch.float32 and k_BKSE.dtype in cpu.KEY_TYPES and not _learns(k_BKSE)
+    if plain and q_BHTE.shape[3] % 8 == 0 and _by_kernels(q_BHTE):
+        return cpu.attention(q_BHTE, k_BKSE, v_BKSE, mask_BTS, causal)
     return _backend().attention(q_BHTE, k_BKSE.to(q_BHTE.dtype), v_BKSE.to(q_BHTE.dtype), mask_BTS, causal)
 
 
@@ -121,9 +120,9 @@ def eight_bits(weight_FD: Tensor) -> Tensor | QTensor:
     return cpu.eight_bits(weight_FD)
 
 
-def is_short_pass(x_BTD: Tensor) -> bool:
-    """Whether so few positions pass, on a CPU, that `Blocks` is the faster form of the language model's blocks."""
-    return x_BTD.shape[0] * x_BTD.shape[1] <= cpu.FEW_QUERIES and x_BTD.dtype == torch.float32 and _by_kernels(x_BTD)
+def takes_blocks(x_BTD: Tensor) -> bool:
+    """Whether `Blocks` is the faster form of the language model's blocks for this input."""
+    return x_BTD.dtype == torch.float32 and _by_kernels(x_BTD)
 
 
 def _learns(x: Tensor) -> bool:

@@ -26,8 +26,8 @@ from pumice.quant import FORMATS, QTensor
 LIBRARY = "libpumice_cpu.so"
 INSTRUCTION_SETS = {"portable": 0, "avx2": 1, "avx512": 2}
 KEY_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-FEW_QUERIES = 8
-"""More queries than this go to PyTorch's attention, which multiplies matrices."""
+MOST_POSITIONS = 1024
+"""So many positions pass all blocks at once; a longer prompt is read part by part, in memory that does not grow."""
 
 
 class _Matrix(ctypes.Structure):
@@ -122,6 +122,7 @@ _SIGNATURES: dict[str, tuple[type | None, Sequence[type]]] = {
         (c_int32, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int32),
     ),
     "pumice_pack_q8_0": (None, (c_int32, c_void_p, c_int64, c_void_p, c_int32)),
+    "pumice_attention_floats": (c_int64, (c_int32, POINTER(_Attention), c_int32)),
     "pumice_attention": (None, (c_int32, POINTER(_Attention), c_int32, c_void_p)),
     "pumice_blocks_bytes": (c_int64, (c_int32, POINTER(_Pass), c_int32)),
     "pumice_blocks": (None, (c_int32, POINTER(_Block), c_int32, POINTER(_Pass), c_int32, c_void_p)),
@@ -286,8 +287,10 @@ def _pages(keys_NKSE: Tensor, values_NKSE: Tensor, table_RP: Tensor) -> _Pages:
     )
 
 
-def attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask_BTS: Tensor | None) -> Tensor:
-    """`reference.attention` of a few float32 queries over keys and values of any type in KEY_TYPES; not causal.
+def attention(
+    q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask_BTS: Tensor | None, causal: bool = False
+) -> Tensor:
+    """`reference.attention` of float32 queries over keys and values of any type in KEY_TYPES.
 
     Each row of keys is one page.
     """
@@ -298,14 +301,13 @@ def attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask_BTS: Tensor |
     if q_BHTE.stride(3) != 1:
         q_BHTE = q_BHTE.contiguous()
     mask = None if mask_BTS is None else mask_BTS.expand(rows, tokens, positions).contiguous()
+    places_BT = torch.arange(tokens).expand(rows, tokens).contiguous() if causal else None
     table_R1, out_BTHE = torch.arange(rows)[:, None], torch.empty(rows, tokens, heads, width)
-    threads = torch.get_num_threads()
-    scores = torch.empty(threads * positions)
     described = _Attention(
         q_BHTE.data_ptr(),
         *q_BHTE.stride()[:3],
         _pages(k_BKSE, v_BKSE, table_R1),
-        None,
+        None if places_BT is None else places_BT.data_ptr(),
         None if mask is None else mask.data_ptr(),
         out_BTHE.data_ptr(),
         rows,
@@ -316,7 +318,9 @@ def attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask_BTS: Tensor |
         positions,
         0,
     )
-    library().pumice_attention(instruction_set(), ctypes.byref(described), threads, scores.data_ptr())
+    isa, threads, pointer = instruction_set(), torch.get_num_threads(), ctypes.byref(described)
+    memory = torch.empty(library().pumice_attention_floats(isa, pointer, threads))
+    library().pumice_attention(isa, pointer, threads, memory.data_ptr())
     return out_BTHE.transpose(1, 2)
 
 
@@ -366,15 +370,24 @@ class Blocks:
         """
         for block, keys, values in zip(self._blocks, pages.keys, pages.values, strict=True):
             block.keys, block.values = keys.data_ptr(), values.data_ptr()
-        x_BTD, (rows, tokens, width) = x_BTD.clone(memory_format=torch.contiguous_format), x_BTD.shape
-        cos_BTE, sin_BTE = (each.expand(rows, tokens, -1).contiguous() for each in turn)
-        places_BT, table_RP = positions_BT.expand(rows, tokens).contiguous(), pages.table_RP.contiguous()
+        rows, tokens, _ = x_BTD.shape
+        parts = -(-rows * tokens // MOST_POSITIONS)
+        out_BTD = torch.empty_like(x_BTD, memory_format=torch.contiguous_format)
+        for part in torch.arange(tokens).tensor_split(min(parts, tokens)):
+            here = slice(int(part[0]), int(part[-1]) + 1)
+            turn_BTE = [each.expand(rows, tokens, -1)[:, here].contiguous() for each in turn]
+            places_BT = positions_BT.expand(rows, tokens)[:, here].contiguous()
+            out_BTD[:, here] = self._run_part(x_BTD[:, here], turn_BTE, places_BT, pages)
+        return out_BTD
+
+    def _run_part(self, x_BTD: Tensor, turn_BTE: Sequence[Tensor], places_BT: Tensor, pages: Pages) -> Tensor:
+        x_BTD, table_RP = x_BTD.clone(memory_format=torch.contiguous_format), pages.table_RP.contiguous()
+        rows, tokens, width = x_BTD.shape
         shape, isa, threads = self.shape, instruction_set(), torch.get_num_threads()
         described = ctypes.byref(
             _Pass(
                 x_BTD.data_ptr(),
-                cos_BTE.data_ptr(),
-                sin_BTE.data_ptr(),
+                *(each.data_ptr() for each in turn_BTE),
                 places_BT.data_ptr(),
                 _pages(pages.keys[0], pages.values[0], table_RP),
                 rows,

@@ -8,8 +8,9 @@ template <class T> inline void keep_as(void* base, const Pages& pages, int64_t a
 }
 
 // The new keys or values, one row each of heads x width, to their places in the pages.
-inline void keep(void* base, const Pass& p, const float* in) {
+inline void keep(void* base, const Pass& p, const float* in, int threads) {
     const int64_t wide = p.kv_heads * p.head_width;
+#pragma omp parallel for schedule(static) num_threads(threads) if (p.rows * p.tokens > FEW_QUERIES)
     for (int64_t i = 0; i < p.rows * p.tokens; i++) {
         const int64_t place = p.places[i], row = i / p.tokens;
         const int64_t page = p.pages.table[row * p.pages.row_pages + place / p.pages.page];
@@ -23,10 +24,13 @@ inline void keep(void* base, const Pass& p, const float* in) {
     }
 }
 
-inline void add_to(float* x, const float* y, int64_t count) {
-    int64_t i = 0;
-    for (; i + WIDTH <= count; i += WIDTH) store(x + i, add(load(x + i), load(y + i)));
-    for (; i < count; i++) x[i] += y[i];
+inline void add_to(float* x, const float* y, int64_t rows, int64_t width, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows > FEW_QUERIES)
+    for (int64_t row = 0; row < rows; row++) {
+        int64_t i = row * width;
+        for (; i + WIDTH <= (row + 1) * width; i += WIDTH) store(x + i, add(load(x + i), load(y + i)));
+        for (; i < (row + 1) * width; i++) x[i] += y[i];
+    }
 }
 
 inline int64_t furthest(const Pass& p) {
@@ -41,6 +45,10 @@ struct Room {
     int64_t normed, q, k, v, mixed, gate, up, scores, rest;
 
     Room(const Pass& p, int threads) {
+        Attention attention = {};
+        attention.tokens = p.tokens;
+        attention.head_width = p.head_width;
+        attention.positions = furthest(p);
         m = p.rows * p.tokens;
         inner = p.heads * p.head_width;
         shared = p.kv_heads * p.head_width;
@@ -54,7 +62,7 @@ struct Room {
         gate = mixed + m * inner;
         up = gate + m * p.ffn_width;
         scores = up + m * p.ffn_width;
-        rest = scores + threads * furthest(p);
+        rest = scores + attention_floats(attention, threads);
     }
 };
 
@@ -97,20 +105,20 @@ inline void blocks(const Block* first, int count, const Pass& p, int threads, ui
         matmul(projections, 3, normed, p.width, m, p.width, threads, rest);
         rotate(q, p.cosine, p.sine, m, p.heads, p.head_width, q, threads);
         rotate(k, p.cosine, p.sine, m, p.kv_heads, p.head_width, k, threads);
-        keep(block->keys, p, k);
-        keep(block->values, p, v);
+        keep(block->keys, p, k, threads);
+        keep(block->values, p, v, threads);
         a.pages.keys = block->keys;
         a.pages.values = block->values;
         attention(a, threads, f + room.scores);
         const Matrix o = into(block->o, normed);
         matmul(&o, 1, mixed, room.inner, m, room.inner, threads, rest);
-        add_to(p.x, normed, m * p.width);
+        add_to(p.x, normed, m, p.width, threads);
         rms_norm(p.x, p.width, block->mlp_norm, p.eps, m, p.width, normed, threads);
         const Matrix gate_up[2] = {into(block->gate, gate), into(block->up, up)};
         matmul(gate_up, 2, normed, p.width, m, p.width, threads, rest);
         gated(gate, up, 1, m * p.ffn_width, gate, threads);
         const Matrix down = into(block->down, normed);
         matmul(&down, 1, gate, p.ffn_width, m, p.ffn_width, threads, rest);
-        add_to(p.x, normed, m * p.width);
+        add_to(p.x, normed, m, p.width, threads);
     }
 }

@@ -56,6 +56,10 @@ PUMICE_EXPORT void pumice_pack_q8_0(int32_t isa, const float* x, int64_t count, 
     kernels(isa).pack_q8_0(x, count, out, threads);
 }
 
+PUMICE_EXPORT int64_t pumice_attention_floats(int32_t isa, const Attention* attention, int32_t threads) {
+    return kernels(isa).attention_floats(*attention, threads);
+}
+
 PUMICE_EXPORT void pumice_attention(int32_t isa, const Attention* attention, int32_t threads, float* scratch) {
     kernels(isa).attention(*attention, threads, scratch);
 }

@@ -10,6 +10,7 @@ struct Kernels {
     void (*rotate)(const float*, const float*, const float*, int64_t, int64_t, int64_t, float*, int);
     void (*pack_q8_0)(const float*, int64_t, uint8_t*, int);
     void (*attention)(const Attention&, int, float*);
+    int64_t (*attention_floats)(const Attention&, int);
     int64_t (*blocks_bytes)(const Pass&, int);
     void (*blocks)(const Block*, int, const Pass&, int, uint8_t*);
 };

@@ -25,5 +25,5 @@ namespace avx2 {
 
 extern const Kernels AVX2_KERNELS = {
     avx2::matmul, avx2::scratch_bytes, avx2::rms_norm, avx2::gated, avx2::rotate, avx2::pack_q8_0, avx2::attention,
-    avx2::blocks_bytes, avx2::blocks,
+    avx2::attention_floats, avx2::blocks_bytes, avx2::blocks,
 };

@@ -22,5 +22,5 @@ namespace portable {
 
 extern const Kernels PORTABLE_KERNELS = {
     portable::matmul, portable::scratch_bytes, portable::rms_norm, portable::gated, portable::rotate, portable::pack_q8_0, portable::attention,
-    portable::blocks_bytes, portable::blocks,
+    portable::attention_floats, portable::blocks_bytes, portable::blocks,
 };

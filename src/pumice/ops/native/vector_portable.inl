@@ -54,3 +54,9 @@ inline float lanes_sum(V v) {
     for (float lane : v.lane) sum += lane;
     return sum;
 }
+
+// Eight rows of 32 bytes, as eight times eight groups of four bytes of each row.
+inline void transpose8(const uint8_t* in, int stride, uint8_t* out, int out_stride) {
+    for (int i = 0; i < 8; i++)
+        for (int j = 0; j < 8; j++) memcpy(out + i * out_stride + 4 * j, in + j * stride + 4 * i, 4);
+}
