@@ -152,38 +152,44 @@ inline __attribute__((always_inline)) void wide_products(const uint8_t* w, const
 }
 
 // Of a chunk, for each row of activations and each row of weights: the sum of levels times activations, with whole scales.
-template <Format F, int MR>
-inline __attribute__((always_inline)) void totals(const PanelChunk<F>& w, const int8_t* x, __m256i (&total)[MR][2]) {
+// A function of its own: among other code GCC keeps its sums in memory, which costs a third of the speed.
+template <Format F, int MR> __attribute__((noinline)) void totals(const PanelChunk<F>& w, const int8_t* x, int32_t* out) {
     constexpr int sub = Traits<F>::sub, fit = sums_that_fit<Traits<F>::bits>, run = fit < sub / 4 ? fit : sub / 4;
-    for (int v = 0; v < 2; v++) {
-        const __m256i start = way<F> == CENTRED ? levels_at((const uint8_t*)(w.base + 8 * v)) : _mm256_setzero_si256();
-        for (int r = 0; r < MR; r++) total[r][v] = start;
-    }
+    __m256i total[MR][2];
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; r++)
+        for (int v = 0; v < 2; v++)
+            total[r][v] = way<F> == CENTRED ? levels_at((const uint8_t*)(w.base + 8 * v)) : _mm256_setzero_si256();
     if constexpr (way<F> == AS_WIDE) {
         for (int at = 0; at < CHUNK / 2; at += 16) wide_products<MR>(w.level[at][0], x + at * MR * 4, total);
     } else {
         for (int j = 0; j < CHUNK / sub; j++) {
-            const __m256i s0 = levels_at((const uint8_t*)w.scale[j][0]), s1 = levels_at((const uint8_t*)w.scale[j][8]);
-            for (int at = j * sub / 4; at < (j + 1) * sub / 4; at += run) {
+#pragma GCC unroll 8
+            for (int part = 0; part < sub / 4; part += run) {
                 __m256i sum[MR][2];
-                pair_sums<way<F>, MR, run>(w.level[at][0], x + at * MR * 4, sum);
-                for (int r = 0; r < MR; r++) {
-                    total[r][0] = _mm256_add_epi32(total[r][0], _mm256_madd_epi16(sum[r][0], s0));
-                    total[r][1] = _mm256_add_epi32(total[r][1], _mm256_madd_epi16(sum[r][1], s1));
-                }
+                pair_sums<way<F>, MR, run>(w.level[sub / 4 * j + part][0], x + (sub / 4 * j + part) * MR * 4, sum);
+#pragma GCC unroll 8
+                for (int r = 0; r < MR; r++)
+#pragma GCC unroll 2
+                    for (int v = 0; v < 2; v++)
+                        total[r][v] = _mm256_add_epi32(total[r][v], _mm256_madd_epi16(sum[r][v], levels_at((const uint8_t*)w.scale[j][8 * v])));
             }
         }
     }
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; v++) _mm256_store_si256((__m256i*)(out + r * PANEL + 8 * v), total[r][v]);
 }
 
 // c += the products of a tile of MR rows of activations with a panel's chunk.
 template <Format F, int MR> inline void tile(const PanelChunk<F>& w, int, const TileRows& x, float* c) {
-    __m256i total[MR][2];
-    totals<F, MR>(w, x.level, total);
+    alignas(64) int32_t total[MR][PANEL];
+    totals<F, MR>(w, x.level, total[0]);
     for (int v = 0; v < 2; v++) {
         const __m256 d = _mm256_load_ps(w.d + 8 * v), dmin = _mm256_load_ps(w.dmin + 8 * v);
         for (int r = 0; r < MR; r++) {
-            __m256 y = _mm256_mul_ps(d, _mm256_cvtepi32_ps(total[r][v]));
+            __m256 y = _mm256_mul_ps(d, _mm256_cvtepi32_ps(_mm256_load_si256((const __m256i*)(total[r] + 8 * v))));
             if constexpr (way<F> == MINS) {
                 __m256i low = _mm256_setzero_si256();
                 const int16_t* sums = x.sums<Traits<F>::sub>(r);
