@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pumice import ops
 from pumice.errors import UserError
-from pumice.packing import quantised
 from pumice.quant import FORMATS, Format, QTensor
 
 STRETCH = 2**22
-"""Numbers that are in memory at once beside the source and the result; quantising holds some twenty copies of them."""
+"""Numbers that are in memory at once beside the source and the result; quantising without the kernels holds some twenty
+copies of them."""
 
 FORMAT_OF = {each.dtype: each for each in FORMATS.values() if each.dtype is not None}
 
@@ -42,7 +43,7 @@ def _recoded(name: str, x_RC: Tensor, format: Format) -> np.ndarray[Any, Any]:
     if not bool(cast.isfinite().all()):
         what = "infinite or no number" if not bool(x_RC.isfinite().all()) else f"beyond what {format.name} can hold"
         raise UserError(f"{name} has a value that is {what}", hint="choose a type with wider numbers: BF16 or F32")
-    return quantised(cast, format).data_RB.flatten().numpy() if format.dtype is None else _bytes(cast)
+    return ops.quantised(cast, format).data_RB.flatten().numpy() if format.dtype is None else _bytes(cast)
 
 
 def _stretches(values: Tensor | QTensor) -> Iterator[Tensor]:

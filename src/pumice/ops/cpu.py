@@ -21,11 +21,13 @@ import torch
 from torch import Tensor
 
 from pumice.errors import UserError, nearest
-from pumice.quant import FORMATS, QTensor
+from pumice.quant import FORMATS, Format, QTensor
 
 LIBRARY = "libpumice_cpu.so"
 INSTRUCTION_SETS = {"portable": 0, "avx2": 1, "avx512": 2}
 KEY_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+PACKED = {name for name, each in FORMATS.items() if each.dtype is None and name != "IQ4_NL"}
+"""The formats that the kernels write; they read all that are in blocks."""
 FEW_QUERIES = 8
 """More queries than this go to PyTorch's attention, which multiplies matrices."""
 
@@ -121,7 +123,7 @@ _SIGNATURES: dict[str, tuple[type | None, Sequence[type]]] = {
         None,
         (c_int32, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int32),
     ),
-    "pumice_pack_q8_0": (None, (c_int32, c_void_p, c_int64, c_void_p, c_int32)),
+    "pumice_pack": (None, (c_int32, c_int32, c_void_p, c_int64, c_void_p, c_int32)),
     "pumice_attention": (None, (c_int32, POINTER(_Attention), c_int32, c_void_p)),
     "pumice_blocks_bytes": (c_int64, (c_int32, POINTER(_Pass), c_int32)),
     "pumice_blocks": (None, (c_int32, POINTER(_Block), c_int32, POINTER(_Pass), c_int32, c_void_p)),
@@ -129,20 +131,26 @@ _SIGNATURES: dict[str, tuple[type | None, Sequence[type]]] = {
 
 
 @functools.cache
+def built() -> Path | None:
+    """Where the library lies; None when it was not built."""
+    places = (Path(folder) / LIBRARY for folder in sys.modules[__package__].__path__)
+    return next((path for path in places if path.exists()), None)
+
+
+@functools.cache
 def library() -> ctypes.CDLL:
     """The kernels. Raises UserError when they were not built."""
-    for folder in sys.modules[__package__].__path__:
-        path = Path(folder) / LIBRARY
-        if path.exists():
-            loaded = ctypes.CDLL(str(path))
-            for name, (result, arguments) in _SIGNATURES.items():
-                function = getattr(loaded, name)
-                function.restype, function.argtypes = result, list(arguments)
-            return loaded
-    raise UserError(
-        f"pumice's CPU kernels ({LIBRARY}) are not beside its code",
-        hint="install pumice with pip, which builds them; PUMICE_OPS=reference runs slowly without them",
-    )
+    path = built()
+    if path is None:
+        raise UserError(
+            f"pumice's CPU kernels ({LIBRARY}) are not beside its code",
+            hint="install pumice with pip, which builds them; PUMICE_OPS=reference runs slowly without them",
+        )
+    loaded = ctypes.CDLL(str(path))
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, list(arguments)
+    return loaded
 
 
 @functools.cache
@@ -193,14 +201,14 @@ def linears(x_TD: Tensor, weights: Sequence[QTensor], biases: Sequence[Tensor | 
     return [out_MF.to(x_TD.dtype).view(*x_TD.shape[:-1], out_MF.shape[1]) for out_MF in outs]
 
 
-def eight_bits(weight_FD: Tensor) -> QTensor:
-    """The matrix in Q8_0, with the bytes of `packing.quantised`; D is a multiple of 32."""
-    rows, columns = weight_FD.shape
-    numbers_FD, format = weight_FD.float().contiguous(), FORMATS["Q8_0"]
+def quantised(weight_RC: Tensor, format: Format) -> QTensor:
+    """`packing.quantised` of finite numbers, with the same bytes."""
+    assert format.name in PACKED, f"there is no kernel that writes {format.name}"
+    rows, columns = weight_RC.shape
+    numbers_RC = weight_RC.to(torch.float32).contiguous()
     data_RB = torch.empty(rows, format.row_bytes(columns), dtype=torch.uint8)
-    library().pumice_pack_q8_0(
-        instruction_set(), numbers_FD.data_ptr(), numbers_FD.numel(), data_RB.data_ptr(), torch.get_num_threads()
-    )
+    blocks, isa, threads = numbers_RC.numel() // format.block_weights, instruction_set(), torch.get_num_threads()
+    library().pumice_pack(isa, format.id, numbers_RC.data_ptr(), blocks, data_RB.data_ptr(), threads)
     return QTensor(data_RB, format)
 
 
