@@ -92,12 +92,11 @@ def test_several_matrices_share_their_input() -> None:
 
 def test_short_rows_read_nothing_left_over(instruction_set: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that the kernels are lent holds anything: here what is no number."""
-    empty = torch.empty
 
     def dirty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return empty(*shape, dtype=dtype).fill_(255 if dtype == torch.uint8 else float("nan"))
+        return torch.empty(*shape, dtype=dtype).fill_(255 if dtype == torch.uint8 else float("nan"))
 
-    monkeypatch.setattr(cpu.torch, "empty", dirty)
+    monkeypatch.setattr(cpu, "_room", dirty)
     for name in ("Q4_0", "Q5_1", "Q8_0", "Q4_K"):
         for columns in (256,) if name == "Q4_K" else (32, 96, 288):
             for m in (1, 3, 12):

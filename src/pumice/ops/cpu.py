@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pumice.errors import UserError, nearest
+from pumice.ops import sizes
 from pumice.quant import FORMATS, Format, QTensor
 
 LIBRARY = "libpumice_cpu.so"
@@ -167,6 +168,11 @@ def instruction_set() -> int:
     return INSTRUCTION_SETS[name]
 
 
+def _room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory that the kernels write, whatever the defaults of PyTorch are."""
+    return torch.empty(*shape, dtype=dtype, device="cpu")
+
+
 def _matrix(weight: QTensor, bias_F: Tensor | None, out_MF: Tensor | None) -> _Matrix:
     assert weight.format.dtype is None, f"there is no kernel for {weight.format.name}"
     rows, row_bytes = weight.data_RB.shape
@@ -191,12 +197,14 @@ def linears(x_TD: Tensor, weights: Sequence[QTensor], biases: Sequence[Tensor | 
     """
     rows_MD = x_TD.reshape(-1, x_TD.shape[-1]).to(torch.float32).contiguous()
     m, k = rows_MD.shape
-    outs = [torch.empty(m, weight.shape[0]) for weight in weights]
+    for weight, bias_F in zip(weights, biases, strict=True):
+        sizes.product(k, weight, bias_F)
+    outs = [_room(m, weight.shape[0]) for weight in weights]
     if m:
         whole, plain = [_whole(each) for each in weights], [_plain(each) for each in biases]
         matrices = (_Matrix * len(outs))(*(_matrix(*each) for each in zip(whole, plain, outs)))
         isa, threads = instruction_set(), torch.get_num_threads()
-        scratch = torch.empty(library().pumice_scratch_bytes(isa, m, k, threads), dtype=torch.uint8)
+        scratch = _room(library().pumice_scratch_bytes(isa, m, k, threads), dtype=torch.uint8)
         library().pumice_matmul(isa, matrices, len(outs), rows_MD.data_ptr(), k, m, k, threads, scratch.data_ptr())
     return [out_MF.to(x_TD.dtype).view(*x_TD.shape[:-1], out_MF.shape[1]) for out_MF in outs]
 
@@ -206,7 +214,8 @@ def quantised(weight_RC: Tensor, format: Format) -> QTensor:
     assert format.name in PACKED, f"there is no kernel that writes {format.name}"
     rows, columns = weight_RC.shape
     numbers_RC = weight_RC.to(torch.float32).contiguous()
-    data_RB = torch.empty(rows, format.row_bytes(columns), dtype=torch.uint8)
+    sizes.plain(numbers_RC)
+    data_RB = _room(rows, format.row_bytes(columns), dtype=torch.uint8)
     blocks, isa, threads = numbers_RC.numel() // format.block_weights, instruction_set(), torch.get_num_threads()
     library().pumice_pack(isa, format.id, numbers_RC.data_ptr(), blocks, data_RB.data_ptr(), threads)
     return QTensor(data_RB, format)
@@ -214,6 +223,7 @@ def quantised(weight_RC: Tensor, format: Format) -> QTensor:
 
 def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """`reference.rms_norm` of float32."""
+    sizes.norm(x_D, weight_D)
     rows_MD = x_D.reshape(-1, x_D.shape[-1]).contiguous()
     out_MD, weight_D = torch.empty_like(rows_MD), weight_D.contiguous()
     m, width = rows_MD.shape
@@ -233,6 +243,8 @@ def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 def gated_mlp(gate: Tensor, up: Tensor) -> Tensor:
     """`reference.gated_mlp` of float32."""
+    sizes.plain(up)
+    assert gate.shape == up.shape, f"{list(gate.shape)} is gated by {list(up.shape)}"
     return _gated(gate, up.contiguous(), 1.0)
 
 
@@ -242,6 +254,7 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 def _gated(gate: Tensor, up: Tensor | None, slope: float) -> Tensor:
+    sizes.plain(gate)
     gate = gate.contiguous()
     out = torch.empty_like(gate)
     isa, threads = instruction_set(), torch.get_num_threads()
@@ -252,6 +265,7 @@ def _gated(gate: Tensor, up: Tensor | None, slope: float) -> Tensor:
 
 def rotate(x_BHTE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
     """`reference.rotate` of float32."""
+    sizes.rotation(x_BHTE, cos_BTE, sin_BTE)
     x_BTHE = x_BHTE.transpose(1, 2).contiguous()
     rows, tokens, heads, width = x_BTHE.shape
     cos_BTE, sin_BTE = (each.expand(rows, tokens, width).contiguous() for each in (cos_BTE, sin_BTE))
@@ -280,7 +294,11 @@ class Pages:
 
 
 def _pages(keys_NKSE: Tensor, values_NKSE: Tensor, table_RP: Tensor) -> _Pages:
-    page_stride, head_stride, token_stride, _ = keys_NKSE.stride()
+    sizes.alike("keys and values", keys_NKSE, values_NKSE)
+    page_stride, head_stride, token_stride, step = keys_NKSE.stride()
+    assert step == 1, f"the numbers of a key are {step} apart"
+    assert keys_NKSE.is_cpu, f"keys are on {keys_NKSE.device}"
+    assert keys_NKSE.dtype in KEY_TYPES, f"there is no kernel for keys of {keys_NKSE.dtype}"
     return _Pages(
         keys_NKSE.data_ptr(),
         values_NKSE.data_ptr(),
@@ -299,16 +317,17 @@ def attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask_BTS: Tensor |
 
     Each row of keys is one page.
     """
+    sizes.attention(q_BHTE, k_BKSE, v_BKSE, mask_BTS)
     rows, heads, tokens, width = q_BHTE.shape
     positions = k_BKSE.shape[2]
     if k_BKSE.stride() != v_BKSE.stride() or k_BKSE.stride(3) != 1:
-        k_BKSE, v_BKSE = k_BKSE.contiguous(), v_BKSE.contiguous()
+        k_BKSE, v_BKSE = (each.clone(memory_format=torch.contiguous_format) for each in (k_BKSE, v_BKSE))
     if q_BHTE.stride(3) != 1:
         q_BHTE = q_BHTE.contiguous()
     mask = None if mask_BTS is None else mask_BTS.expand(rows, tokens, positions).contiguous()
-    table_R1, out_BTHE = torch.arange(rows)[:, None], torch.empty(rows, tokens, heads, width)
+    table_R1, out_BTHE = torch.arange(rows, device="cpu")[:, None], _room(rows, tokens, heads, width)
     threads = torch.get_num_threads()
-    scores = torch.empty(threads * positions)
+    scores = _room(threads * positions)
     described = _Attention(
         q_BHTE.data_ptr(),
         *q_BHTE.stride()[:3],
@@ -349,12 +368,19 @@ class BlocksShape:
     window: int
     eps: float
 
+    def matrices(self, width: int) -> list[tuple[int, int]]:
+        """Rows and columns of q, k, v, o, gate, up and down."""
+        inner, shared = self.heads * self.head_width, self.kv_heads * self.head_width
+        mlp = [(self.ffn_width, width), (self.ffn_width, width), (width, self.ffn_width)]
+        return [(inner, width), (shared, width), (shared, width), (width, inner), *mlp]
+
 
 class Blocks:
     """All blocks of a language model, described once to the kernels; the weights are held and must stay as they are."""
 
     def __init__(self, blocks: Sequence[BlockWeights], shape: BlocksShape) -> None:
-        self.shape = shape
+        sizes.heads(shape.heads, shape.kv_heads, shape.head_width)
+        self.shape, self._width = shape, blocks[0].norms[0].shape[0]
         self._held: list[object] = []
         self._blocks = (_Block * len(blocks))(*(self._described(each) for each in blocks))
 
@@ -362,6 +388,9 @@ class Blocks:
         matrices = [_whole(each) for each in block.matrices]
         biases = [*(_plain(each) for each in block.biases), None, None, None, None]
         norms = [each.detach().contiguous() for each in block.norms]
+        sizes.block(matrices, self.shape.matrices(self._width), norms)
+        for weight, bias in zip(matrices, biases, strict=True):
+            sizes.product(weight.shape[1], weight, bias)
         self._held += [matrices, biases, norms]
         described = [_matrix(weight, bias, None) for weight, bias in zip(matrices, biases)]
         return _Block(*described, *(each.data_ptr() for each in norms), None, None)
@@ -372,11 +401,14 @@ class Blocks:
         turn: cosines and sines, (B, T, E). positions_BT: where each new position stands in its row, and how far back
         it sees: all positions before it, within the model's window.
         """
+        sizes.passed(x_BTD, turn, self._width, self.shape.head_width)
+        sizes.pages([*pages.keys, *pages.values], (self.shape.kv_heads, self.shape.head_width))
         for block, keys, values in zip(self._blocks, pages.keys, pages.values, strict=True):
             block.keys, block.values = keys.data_ptr(), values.data_ptr()
         x_BTD, (rows, tokens, width) = x_BTD.clone(memory_format=torch.contiguous_format), x_BTD.shape
         cos_BTE, sin_BTE = (each.expand(rows, tokens, -1).contiguous() for each in turn)
         places_BT, table_RP = positions_BT.expand(rows, tokens).contiguous(), pages.table_RP.contiguous()
+        sizes.places(table_RP, places_BT, pages.keys[0])
         shape, isa, threads = self.shape, instruction_set(), torch.get_num_threads()
         described = ctypes.byref(
             _Pass(
@@ -396,6 +428,6 @@ class Blocks:
                 shape.eps,
             )
         )
-        memory = torch.empty(library().pumice_blocks_bytes(isa, described, threads), dtype=torch.uint8)
+        memory = _room(library().pumice_blocks_bytes(isa, described, threads), dtype=torch.uint8)
         library().pumice_blocks(isa, self._blocks, len(self._blocks), described, threads, memory.data_ptr())
         return x_BTD
