@@ -156,7 +156,7 @@ template <class Of> inline void fit_with_min(Groups<Of::size>& s, int g) {
     }
     const Ints flat = high == low;
     // The levels are those of `factor` and `origin`: made again in the end instead of kept.
-    Floats factor = float(Of::top) / (high - low), origin = low, scale = 1 / factor;
+    Floats factor = float(Of::top) / (high - low), origin = low, scale = 1.f / factor;
     for (int e = 0; e < E; e++) tried[e] = nearest(factor * (x[e] - low), 0, Of::top);
     Floats best = miss<Of>(x, w, tried, scale, low);
     for (int step = 0; step <= Of::steps; step++) {
@@ -228,7 +228,7 @@ inline void fit_swept(Groups<16>& s, int g) {
     }
     const Ints zero = magnitude(end) < SMALLEST;
     put(s.scale + g, pick(zero, Floats{}, ratio(sum_lx, sum_ll)));
-    for (int e = 0; e < 16; e++) put(s.level[e] + g, pick(zero, Floats{}, levels[e] + 4));
+    for (int e = 0; e < 16; e++) put(s.level[e] + g, pick(zero, Floats{}, levels[e] + 4.f));
 }
 
 // Q6_K's: the best of nineteen divisors. Levels are from 0 on.
@@ -253,7 +253,7 @@ inline void fit_searched(Groups<16>& s, int g) {
     }
     const Ints zero = magnitude(end) < SMALLEST;
     put(s.scale + g, pick(zero, Floats{}, scale));
-    for (int e = 0; e < 16; e++) put(s.level[e] + g, pick(zero, Floats{}, nearest(factor * x[e], -32, 31) + 32));
+    for (int e = 0; e < 16; e++) put(s.level[e] + g, pick(zero, Floats{}, nearest(factor * x[e], -32, 31) + 32.f));
 }
 
 // The levels from 0 on that the rounded scales d * code ask for, of formats without mins.
