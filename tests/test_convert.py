@@ -632,7 +632,13 @@ def test_choices_that_are_refused(made: dict[str, Path], tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("value", "quant", "words"), [(1e5, "F16", "beyond what F16"), (float("nan"), "Q8_0", "no number")]
+    ("value", "quant", "words"),
+    [
+        (1e5, "F16", "beyond what F16"),
+        (float("nan"), "Q8_0", "no number"),
+        (float("-inf"), "Q4_K_M", "no number"),
+        (float("inf"), "BF16", "no number"),
+    ],
 )
 def test_numbers_that_no_type_holds(value: float, quant: str, words: str, tmp_path: Path) -> None:
     folder = tiny.hf_folder(tmp_path / "hf", family="1.5")

@@ -14,6 +14,7 @@ from torch import Tensor
 from pumice.config import Rotary
 from pumice.ops import cpu, reference
 from pumice.ops.cpu import Blocks, BlocksShape, BlockWeights, Pages
+from pumice.ops.library import INSTRUCTION_SETS, library
 from pumice.quant import FORMATS, QTensor
 
 ROTARY = Rotary(1e4)
@@ -22,12 +23,12 @@ SCALES_AT = {
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "IQ4_NL": (0,),
     "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
 }  # fmt: skip
-SETS = [name for name, number in cpu.INSTRUCTION_SETS.items() if number <= cpu.library().pumice_best_isa()]
+SETS = [name for name, number in INSTRUCTION_SETS.items() if number <= library().pumice_best_isa()]
 
 
 @pytest.fixture(params=SETS)
 def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    number = cpu.INSTRUCTION_SETS[request.param]
+    number = INSTRUCTION_SETS[request.param]
     monkeypatch.setattr(cpu, "instruction_set", lambda: number)
     return str(request.param)
 
@@ -97,12 +98,11 @@ def test_several_matrices_share_their_input() -> None:
 
 def test_short_rows_read_nothing_left_over(instruction_set: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that the kernels are lent holds anything: here what is no number."""
-    empty = torch.empty
 
     def dirty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return empty(*shape, dtype=dtype).fill_(255 if dtype == torch.uint8 else float("nan"))
+        return torch.empty(*shape, dtype=dtype).fill_(255 if dtype == torch.uint8 else float("nan"))
 
-    monkeypatch.setattr(cpu.torch, "empty", dirty)
+    monkeypatch.setattr(cpu, "_room", dirty)
     for name in ("Q4_0", "Q5_1", "Q8_0", "Q4_K"):
         for columns in (256,) if name == "Q4_K" else (32, 96, 288):
             for m in (1, 3, 12):
@@ -237,7 +237,7 @@ def test_a_named_instruction_set() -> None:
     """PUMICE_CPU is honoured or refused, never ignored."""
 
     def run(name: str) -> subprocess.CompletedProcess[str]:
-        code = "from pumice.ops import cpu; print(cpu.instruction_set())"
+        code = "from pumice.ops import library; print(library.instruction_set())"
         environment = {**os.environ, "PUMICE_CPU": name}
         return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 

@@ -29,7 +29,7 @@ WITHIN_A_ROW = {
     ("image", "config"), ("image", "picture"), ("picture", "config"), ("decoding", "sentencepiece"),
     ("prompt", "config"), ("tokenizer", "prompt"), ("tokenizer", "decoding"),
     ("tokenizer", "sentencepiece"), ("tokenizer", "special_tokens"), ("store", "checkpoints"),
-    ("model", "question"), ("ops", "quant"), ("packing", "quant"),
+    ("model", "question"), ("ops", "quant"), ("ops", "packing"), ("packing", "quant"),
 }  # fmt: skip
 """Imports inside one row that are allowed; a folder's own files are always free to import each other."""
 HOMES = {

@@ -1,7 +1,7 @@
 """Numbers into blocks: ggml's reference quantiser, repeated to the bit.
 
 Float32 throughout, sums in the order of the elements, no fused multiply-add, no importance matrix. `quant` has the
-formats and the way back.
+formats and the way back; `ops.quantised` writes the same bytes in C++.
 
 N blocks · B bytes of a block · W weights of a block · G groups with a scale of their own in it · E weights of a group
 R rows · C columns
@@ -265,7 +265,7 @@ def _pack_q6_k(x: Tensor) -> Tensor:
     scale, levels = _searched(x_NGE)
     end = _extreme(scale[..., 0])
     zero = end.abs() < SMALLEST
-    inverse = torch.where(zero, 0.0, -128.0 / end)
+    inverse = torch.where(zero, 0.0, _over(-128.0, end))
     scales = _level(inverse * scale[..., 0], -128, 127)
     d = torch.where(zero, 0.0, 1 / inverse).to(torch.float16)
     step = (d.float() * scales)[..., None]
@@ -278,7 +278,7 @@ def _pack_q6_k(x: Tensor) -> Tensor:
 def _searched(x_NGE: Tensor) -> tuple[Tensor, Tensor]:
     """Q6_K's fit (ggml's make_qx_quants): scale, (N, G, 1), and levels + 32, the best of nineteen divisors."""
     end = _extreme(x_NGE)
-    levels = _level(-32.0 / end * x_NGE, -32, 31)
+    levels = _level(_over(-32.0, end) * x_NGE, -32, 31)
     sum_lx, sum_ll = _fitted(x_NGE, levels)
     scale = _ratio(sum_lx, sum_ll)
     best = scale * sum_lx

@@ -66,6 +66,11 @@ class QTensor:
     format: Format
     dtype: torch.dtype = torch.float32
 
+    def __post_init__(self) -> None:
+        kind, size = (self.data_RB.dtype, self.data_RB.dim()), self.format.block_bytes
+        assert kind == (torch.uint8, 2), f"{kind[1]} dimensions of {kind[0]} are no rows of bytes"
+        assert self.data_RB.shape[1] % size == 0, f"rows of {self.data_RB.shape[1]} bytes in blocks of {size}"
+
     @property
     def shape(self) -> tuple[int, int]:
         rows, row_bytes = self.data_RB.shape

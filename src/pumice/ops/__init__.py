@@ -14,11 +14,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from pumice import packing
 from pumice.errors import UserError, nearest
-from pumice.ops import cpu, fused, reference
+from pumice.ops import cpu, fused, library, reference
 from pumice.ops.cpu import Blocks, BlocksShape, BlockWeights, Pages
 from pumice.ops.reference import rotary
-from pumice.quant import FORMATS, QTensor
+from pumice.quant import FORMATS, Format, QTensor
 
 __all__ = [
     "BlockWeights",
@@ -31,6 +32,7 @@ __all__ = [
     "gated_mlp",
     "linear",
     "linears",
+    "quantised",
     "quick_gelu",
     "rms_norm",
     "rotary",
@@ -113,11 +115,18 @@ def attention(
     return _backend().attention(q_BHTE, k_BKSE.to(q_BHTE.dtype), v_BKSE.to(q_BHTE.dtype), mask_BTS, causal)
 
 
+def quantised(weight_RC: Tensor, format: Format) -> QTensor:
+    """The matrix in blocks: see `packing.quantised`, which itself runs where the kernels were not built."""
+    if format.dtype is None and _by_kernels(weight_RC) and library.built():
+        return cpu.quantised(weight_RC, format)
+    return packing.quantised(weight_RC, format)
+
+
 def eight_bits(weight_FD: Tensor) -> Tensor | QTensor:
     """The matrix in blocks of eight bits where products with these are faster: on a CPU, with D in whole blocks."""
     if weight_FD.device.type != "cpu" or weight_FD.shape[1] % FORMATS["Q8_0"].block_weights:
         return weight_FD
-    return cpu.eight_bits(weight_FD)
+    return quantised(weight_FD, FORMATS["Q8_0"])
 
 
 def takes_blocks(x_BTD: Tensor) -> bool:

@@ -1,171 +1,39 @@
-"""The C++ kernels of ops/native, loaded by ctypes: products with weights in blocks, and small operations in one pass.
+"""The C++ kernels of ops/native, called with tensors: products with weights in blocks, and small operations.
 
 B rows · T query positions · S key positions · D, F widths · H heads · K key/value heads · E width of a head
-
-The library is loaded after torch, so that both run on the threads of one OpenMP. `PUMICE_CPU` names an instruction set
-(portable, avx2, avx512) to use instead of the best one that this CPU has.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import os
-import sys
 from collections.abc import Sequence
-from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pumice.errors import UserError, nearest
-from pumice.quant import FORMATS, QTensor
+from pumice.ops import sizes
+from pumice.ops.library import CAttention, CBlock, CMatrix, CPages, CPass, instruction_set, library
+from pumice.quant import FORMATS, Format, QTensor
 
-LIBRARY = "libpumice_cpu.so"
-INSTRUCTION_SETS = {"portable": 0, "avx2": 1, "avx512": 2}
 KEY_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MOST_POSITIONS = 1024
 """So many positions pass all blocks at once; a longer prompt is read part by part, in memory that does not grow."""
+PACKED = {name for name, each in FORMATS.items() if each.dtype is None and name != "IQ4_NL"}
+"""The formats that the kernels write; they read all that are in blocks."""
 
 
-class _Matrix(ctypes.Structure):
-    _fields_ = (
-        ("data", c_void_p),
-        ("row_bytes", c_int64),
-        ("rows", c_int64),
-        ("out", c_void_p),
-        ("out_stride", c_int64),
-        ("bias", c_void_p),
-        ("format", c_int32),
-    )
+def _room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory that the kernels write, whatever the defaults of PyTorch are."""
+    return torch.empty(*shape, dtype=dtype, device="cpu")
 
 
-class _Pages(ctypes.Structure):
-    _fields_ = (
-        ("keys", c_void_p),
-        ("values", c_void_p),
-        ("table", c_void_p),
-        ("row_pages", c_int64),
-        ("page_stride", c_int64),
-        ("page", c_int64),
-        ("head_stride", c_int64),
-        ("token_stride", c_int64),
-        ("type", c_int32),
-    )
-
-
-class _Attention(ctypes.Structure):
-    _fields_ = (
-        ("q", c_void_p),
-        ("q_row_stride", c_int64),
-        ("q_head_stride", c_int64),
-        ("q_token_stride", c_int64),
-        ("pages", _Pages),
-        ("places", c_void_p),
-        ("mask", c_void_p),
-        ("out", c_void_p),
-        ("rows", c_int64),
-        ("tokens", c_int64),
-        ("heads", c_int64),
-        ("kv_heads", c_int64),
-        ("head_width", c_int64),
-        ("positions", c_int64),
-        ("window", c_int64),
-    )
-
-
-class _Block(ctypes.Structure):
-    _fields_ = (
-        *((name, _Matrix) for name in ("q", "k", "v", "o", "gate", "up", "down")),
-        ("input_norm", c_void_p),
-        ("mlp_norm", c_void_p),
-        ("keys", c_void_p),
-        ("values", c_void_p),
-    )
-
-
-class _Pass(ctypes.Structure):
-    _fields_ = (
-        ("x", c_void_p),
-        ("cosine", c_void_p),
-        ("sine", c_void_p),
-        ("places", c_void_p),
-        ("pages", _Pages),
-        ("rows", c_int64),
-        ("tokens", c_int64),
-        ("heads", c_int64),
-        ("kv_heads", c_int64),
-        ("head_width", c_int64),
-        ("width", c_int64),
-        ("ffn_width", c_int64),
-        ("window", c_int64),
-        ("eps", c_float),
-    )
-
-
-_SIGNATURES: dict[str, tuple[type | None, Sequence[type]]] = {
-    "pumice_best_isa": (c_int32, ()),
-    "pumice_scratch_bytes": (c_int64, (c_int32, c_int64, c_int64, c_int32)),
-    "pumice_matmul": (
-        None,
-        (c_int32, POINTER(_Matrix), c_int32, c_void_p, c_int64, c_int64, c_int64, c_int32, c_void_p),
-    ),
-    "pumice_rms_norm": (
-        None,
-        (c_int32, c_void_p, c_int64, c_void_p, c_float, c_int64, c_int64, c_void_p, c_int32),
-    ),
-    "pumice_gated": (None, (c_int32, c_void_p, c_void_p, c_float, c_int64, c_void_p, c_int32)),
-    "pumice_rotate": (
-        None,
-        (c_int32, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int32),
-    ),
-    "pumice_pack_q8_0": (None, (c_int32, c_void_p, c_int64, c_void_p, c_int32)),
-    "pumice_attention_floats": (c_int64, (c_int32, POINTER(_Attention), c_int32)),
-    "pumice_attention": (None, (c_int32, POINTER(_Attention), c_int32, c_void_p)),
-    "pumice_blocks_bytes": (c_int64, (c_int32, POINTER(_Pass), c_int32)),
-    "pumice_blocks": (None, (c_int32, POINTER(_Block), c_int32, POINTER(_Pass), c_int32, c_void_p)),
-}
-
-
-@functools.cache
-def library() -> ctypes.CDLL:
-    """The kernels. Raises UserError when they were not built."""
-    for folder in sys.modules[__package__].__path__:
-        path = Path(folder) / LIBRARY
-        if path.exists():
-            loaded = ctypes.CDLL(str(path))
-            for name, (result, arguments) in _SIGNATURES.items():
-                function = getattr(loaded, name)
-                function.restype, function.argtypes = result, list(arguments)
-            return loaded
-    raise UserError(
-        f"pumice's CPU kernels ({LIBRARY}) are not beside its code",
-        hint="install pumice with pip, which builds them; PUMICE_OPS=reference runs slowly without them",
-    )
-
-
-@functools.cache
-def instruction_set() -> int:
-    """The number of the instruction set in use. Raises UserError for a PUMICE_CPU that this CPU lacks."""
-    best = int(library().pumice_best_isa())
-    name = os.environ.get("PUMICE_CPU")
-    if name is None:
-        return best
-    if name not in INSTRUCTION_SETS:
-        raise UserError(f"PUMICE_CPU is {name!r}, which is no instruction set", hint=nearest(name, INSTRUCTION_SETS))
-    if INSTRUCTION_SETS[name] > best:
-        raise UserError(f"PUMICE_CPU is {name!r}, which this CPU does not have", hint="leave it out")
-    return INSTRUCTION_SETS[name]
-
-
-def _matrix(weight: QTensor, bias_F: Tensor | None, out_MF: Tensor | None) -> _Matrix:
+def _matrix(weight: QTensor, bias_F: Tensor | None, out_MF: Tensor | None) -> CMatrix:
     assert weight.format.dtype is None, f"there is no kernel for {weight.format.name}"
     rows, row_bytes = weight.data_RB.shape
     out = (None, 0) if out_MF is None else (out_MF.data_ptr(), out_MF.shape[1])
     bias = None if bias_F is None else bias_F.data_ptr()
-    return _Matrix(weight.data_RB.data_ptr(), row_bytes, rows, *out, bias, weight.format.id)
+    return CMatrix(weight.data_RB.data_ptr(), row_bytes, rows, *out, bias, weight.format.id)
 
 
 def _whole(weight: QTensor) -> QTensor:
@@ -184,29 +52,33 @@ def linears(x_TD: Tensor, weights: Sequence[QTensor], biases: Sequence[Tensor | 
     """
     rows_MD = x_TD.reshape(-1, x_TD.shape[-1]).to(torch.float32).contiguous()
     m, k = rows_MD.shape
-    outs = [torch.empty(m, weight.shape[0]) for weight in weights]
+    for weight, bias_F in zip(weights, biases, strict=True):
+        sizes.product(k, weight, bias_F)
+    outs = [_room(m, weight.shape[0]) for weight in weights]
     if m:
         whole, plain = [_whole(each) for each in weights], [_plain(each) for each in biases]
-        matrices = (_Matrix * len(outs))(*(_matrix(*each) for each in zip(whole, plain, outs)))
+        matrices = (CMatrix * len(outs))(*(_matrix(*each) for each in zip(whole, plain, outs)))
         isa, threads = instruction_set(), torch.get_num_threads()
-        scratch = torch.empty(library().pumice_scratch_bytes(isa, m, k, threads), dtype=torch.uint8)
+        scratch = _room(library().pumice_scratch_bytes(isa, m, k, threads), dtype=torch.uint8)
         library().pumice_matmul(isa, matrices, len(outs), rows_MD.data_ptr(), k, m, k, threads, scratch.data_ptr())
     return [out_MF.to(x_TD.dtype).view(*x_TD.shape[:-1], out_MF.shape[1]) for out_MF in outs]
 
 
-def eight_bits(weight_FD: Tensor) -> QTensor:
-    """The matrix in Q8_0, with the bytes of `packing.quantised`; D is a multiple of 32."""
-    rows, columns = weight_FD.shape
-    numbers_FD, format = weight_FD.float().contiguous(), FORMATS["Q8_0"]
-    data_RB = torch.empty(rows, format.row_bytes(columns), dtype=torch.uint8)
-    library().pumice_pack_q8_0(
-        instruction_set(), numbers_FD.data_ptr(), numbers_FD.numel(), data_RB.data_ptr(), torch.get_num_threads()
-    )
+def quantised(weight_RC: Tensor, format: Format) -> QTensor:
+    """`packing.quantised` of finite numbers, with the same bytes."""
+    assert format.name in PACKED, f"there is no kernel that writes {format.name}"
+    rows, columns = weight_RC.shape
+    numbers_RC = weight_RC.to(torch.float32).contiguous()
+    sizes.plain(numbers_RC)
+    data_RB = _room(rows, format.row_bytes(columns), dtype=torch.uint8)
+    blocks, isa, threads = numbers_RC.numel() // format.block_weights, instruction_set(), torch.get_num_threads()
+    library().pumice_pack(isa, format.id, numbers_RC.data_ptr(), blocks, data_RB.data_ptr(), threads)
     return QTensor(data_RB, format)
 
 
 def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """`reference.rms_norm` of float32."""
+    sizes.norm(x_D, weight_D)
     rows_MD = x_D.reshape(-1, x_D.shape[-1]).contiguous()
     out_MD, weight_D = torch.empty_like(rows_MD), weight_D.contiguous()
     m, width = rows_MD.shape
@@ -226,6 +98,8 @@ def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 def gated_mlp(gate: Tensor, up: Tensor) -> Tensor:
     """`reference.gated_mlp` of float32."""
+    sizes.plain(up)
+    assert gate.shape == up.shape, f"{list(gate.shape)} is gated by {list(up.shape)}"
     return _gated(gate, up.contiguous(), 1.0)
 
 
@@ -235,6 +109,7 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 def _gated(gate: Tensor, up: Tensor | None, slope: float) -> Tensor:
+    sizes.plain(gate)
     gate = gate.contiguous()
     out = torch.empty_like(gate)
     isa, threads = instruction_set(), torch.get_num_threads()
@@ -245,6 +120,7 @@ def _gated(gate: Tensor, up: Tensor | None, slope: float) -> Tensor:
 
 def rotate(x_BHTE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
     """`reference.rotate` of float32."""
+    sizes.rotation(x_BHTE, cos_BTE, sin_BTE)
     x_BTHE = x_BHTE.transpose(1, 2).contiguous()
     rows, tokens, heads, width = x_BTHE.shape
     cos_BTE, sin_BTE = (each.expand(rows, tokens, width).contiguous() for each in (cos_BTE, sin_BTE))
@@ -272,9 +148,13 @@ class Pages:
     table_RP: Tensor
 
 
-def _pages(keys_NKSE: Tensor, values_NKSE: Tensor, table_RP: Tensor) -> _Pages:
-    page_stride, head_stride, token_stride, _ = keys_NKSE.stride()
-    return _Pages(
+def _pages(keys_NKSE: Tensor, values_NKSE: Tensor, table_RP: Tensor) -> CPages:
+    sizes.alike("keys and values", keys_NKSE, values_NKSE)
+    page_stride, head_stride, token_stride, step = keys_NKSE.stride()
+    assert step == 1, f"the numbers of a key are {step} apart"
+    assert keys_NKSE.is_cpu, f"keys are on {keys_NKSE.device}"
+    assert keys_NKSE.dtype in KEY_TYPES, f"there is no kernel for keys of {keys_NKSE.dtype}"
+    return CPages(
         keys_NKSE.data_ptr(),
         values_NKSE.data_ptr(),
         table_RP.data_ptr(),
@@ -287,23 +167,22 @@ def _pages(keys_NKSE: Tensor, values_NKSE: Tensor, table_RP: Tensor) -> _Pages:
     )
 
 
-def attention(
-    q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask_BTS: Tensor | None, causal: bool = False
-) -> Tensor:
+def attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask_BTS: Tensor | None, causal: bool = False) -> Tensor:
     """`reference.attention` of float32 queries over keys and values of any type in KEY_TYPES.
 
     Each row of keys is one page.
     """
+    sizes.attention(q_BHTE, k_BKSE, v_BKSE, mask_BTS)
     rows, heads, tokens, width = q_BHTE.shape
     positions = k_BKSE.shape[2]
     if k_BKSE.stride() != v_BKSE.stride() or k_BKSE.stride(3) != 1:
-        k_BKSE, v_BKSE = k_BKSE.contiguous(), v_BKSE.contiguous()
+        k_BKSE, v_BKSE = (each.clone(memory_format=torch.contiguous_format) for each in (k_BKSE, v_BKSE))
     if q_BHTE.stride(3) != 1:
         q_BHTE = q_BHTE.contiguous()
     mask = None if mask_BTS is None else mask_BTS.expand(rows, tokens, positions).contiguous()
-    places_BT = torch.arange(tokens).expand(rows, tokens).contiguous() if causal else None
-    table_R1, out_BTHE = torch.arange(rows)[:, None], torch.empty(rows, tokens, heads, width)
-    described = _Attention(
+    places_BT = torch.arange(tokens, device="cpu").expand(rows, tokens).contiguous() if causal else None
+    table_R1, out_BTHE = torch.arange(rows, device="cpu")[:, None], _room(rows, tokens, heads, width)
+    described = CAttention(
         q_BHTE.data_ptr(),
         *q_BHTE.stride()[:3],
         _pages(k_BKSE, v_BKSE, table_R1),
@@ -319,7 +198,7 @@ def attention(
         0,
     )
     isa, threads, pointer = instruction_set(), torch.get_num_threads(), ctypes.byref(described)
-    memory = torch.empty(library().pumice_attention_floats(isa, pointer, threads))
+    memory = _room(library().pumice_attention_floats(isa, pointer, threads))
     library().pumice_attention(isa, pointer, threads, memory.data_ptr())
     return out_BTHE.transpose(1, 2)
 
@@ -345,22 +224,32 @@ class BlocksShape:
     window: int
     eps: float
 
+    def matrices(self, width: int) -> list[tuple[int, int]]:
+        """Rows and columns of q, k, v, o, gate, up and down."""
+        inner, shared = self.heads * self.head_width, self.kv_heads * self.head_width
+        mlp = [(self.ffn_width, width), (self.ffn_width, width), (width, self.ffn_width)]
+        return [(inner, width), (shared, width), (shared, width), (width, inner), *mlp]
+
 
 class Blocks:
     """All blocks of a language model, described once to the kernels; the weights are held and must stay as they are."""
 
     def __init__(self, blocks: Sequence[BlockWeights], shape: BlocksShape) -> None:
-        self.shape = shape
+        sizes.heads(shape.heads, shape.kv_heads, shape.head_width)
+        self.shape, self._width = shape, blocks[0].norms[0].shape[0]
         self._held: list[object] = []
-        self._blocks = (_Block * len(blocks))(*(self._described(each) for each in blocks))
+        self._blocks = (CBlock * len(blocks))(*(self._described(each) for each in blocks))
 
-    def _described(self, block: BlockWeights) -> _Block:
+    def _described(self, block: BlockWeights) -> CBlock:
         matrices = [_whole(each) for each in block.matrices]
         biases = [*(_plain(each) for each in block.biases), None, None, None, None]
         norms = [each.detach().contiguous() for each in block.norms]
+        sizes.block(matrices, self.shape.matrices(self._width), norms)
+        for weight, bias in zip(matrices, biases, strict=True):
+            sizes.product(weight.shape[1], weight, bias)
         self._held += [matrices, biases, norms]
         described = [_matrix(weight, bias, None) for weight, bias in zip(matrices, biases)]
-        return _Block(*described, *(each.data_ptr() for each in norms), None, None)
+        return CBlock(*described, *(each.data_ptr() for each in norms), None, None)
 
     def run(self, x_BTD: Tensor, turn: tuple[Tensor, Tensor], positions_BT: Tensor, pages: Pages) -> Tensor:
         """The hidden states after the last block, (B, T, D) float32; new keys and values are put into the pages.
@@ -368,16 +257,19 @@ class Blocks:
         turn: cosines and sines, (B, T, E). positions_BT: where each new position stands in its row, and how far back
         it sees: all positions before it, within the model's window.
         """
+        sizes.passed(x_BTD, turn, self._width, self.shape.head_width)
+        sizes.pages([*pages.keys, *pages.values], (self.shape.kv_heads, self.shape.head_width))
         for block, keys, values in zip(self._blocks, pages.keys, pages.values, strict=True):
             block.keys, block.values = keys.data_ptr(), values.data_ptr()
         rows, tokens, _ = x_BTD.shape
+        places_BT = positions_BT.expand(rows, tokens)
+        sizes.places(pages.table_RP, places_BT, pages.keys[0])
         parts = -(-rows * tokens // MOST_POSITIONS)
         out_BTD = torch.empty_like(x_BTD, memory_format=torch.contiguous_format)
-        for part in torch.arange(tokens).tensor_split(min(parts, tokens)):
+        for part in torch.arange(tokens, device="cpu").tensor_split(min(parts, tokens)):
             here = slice(int(part[0]), int(part[-1]) + 1)
             turn_BTE = [each.expand(rows, tokens, -1)[:, here].contiguous() for each in turn]
-            places_BT = positions_BT.expand(rows, tokens)[:, here].contiguous()
-            out_BTD[:, here] = self._run_part(x_BTD[:, here], turn_BTE, places_BT, pages)
+            out_BTD[:, here] = self._run_part(x_BTD[:, here], turn_BTE, places_BT[:, here].contiguous(), pages)
         return out_BTD
 
     def _run_part(self, x_BTD: Tensor, turn_BTE: Sequence[Tensor], places_BT: Tensor, pages: Pages) -> Tensor:
@@ -385,7 +277,7 @@ class Blocks:
         rows, tokens, width = x_BTD.shape
         shape, isa, threads = self.shape, instruction_set(), torch.get_num_threads()
         described = ctypes.byref(
-            _Pass(
+            CPass(
                 x_BTD.data_ptr(),
                 *(each.data_ptr() for each in turn_BTE),
                 places_BT.data_ptr(),
@@ -401,6 +293,6 @@ class Blocks:
                 shape.eps,
             )
         )
-        memory = torch.empty(library().pumice_blocks_bytes(isa, described, threads), dtype=torch.uint8)
+        memory = _room(library().pumice_blocks_bytes(isa, described, threads), dtype=torch.uint8)
         library().pumice_blocks(isa, self._blocks, len(self._blocks), described, threads, memory.data_ptr())
         return x_BTD

@@ -52,8 +52,8 @@ PUMICE_EXPORT void pumice_rotate(int32_t isa, const float* x, const float* cosin
     kernels(isa).rotate(x, cosine, sine, rows, heads, width, out, threads);
 }
 
-PUMICE_EXPORT void pumice_pack_q8_0(int32_t isa, const float* x, int64_t count, uint8_t* out, int32_t threads) {
-    kernels(isa).pack_q8_0(x, count, out, threads);
+PUMICE_EXPORT void pumice_pack(int32_t isa, int32_t format, const float* x, int64_t blocks, uint8_t* out, int32_t threads) {
+    kernels(isa).pack(format, x, blocks, out, threads);
 }
 
 PUMICE_EXPORT int64_t pumice_attention_floats(int32_t isa, const Attention* attention, int32_t threads) {

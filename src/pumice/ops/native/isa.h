@@ -1,4 +1,4 @@
-// What each instruction set provides. See the functions of the same names in matmul.inl, small.inl, attention.inl and blocks.inl.
+// What each instruction set provides: see the functions of the same names in the .inl files.
 #pragma once
 #include "abi.h"
 
@@ -8,7 +8,7 @@ struct Kernels {
     void (*rms_norm)(const float*, int64_t, const float*, float, int64_t, int64_t, float*, int);
     void (*gated)(const float*, const float*, float, int64_t, float*, int);
     void (*rotate)(const float*, const float*, const float*, int64_t, int64_t, int64_t, float*, int);
-    void (*pack_q8_0)(const float*, int64_t, uint8_t*, int);
+    void (*pack)(int32_t, const float*, int64_t, uint8_t*, int);
     void (*attention)(const Attention&, int, float*);
     int64_t (*attention_floats)(const Attention&, int);
     int64_t (*blocks_bytes)(const Pass&, int);

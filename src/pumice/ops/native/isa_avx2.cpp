@@ -21,9 +21,10 @@ namespace avx2 {
 #include "small.inl"
 #include "attention.inl"
 #include "blocks.inl"
+#include "packing.inl"
 }  // namespace avx2
 
 extern const Kernels AVX2_KERNELS = {
-    avx2::matmul, avx2::scratch_bytes, avx2::rms_norm, avx2::gated, avx2::rotate, avx2::pack_q8_0, avx2::attention,
+    avx2::matmul, avx2::scratch_bytes, avx2::rms_norm, avx2::gated, avx2::rotate, avx2::pack, avx2::attention,
     avx2::attention_floats, avx2::blocks_bytes, avx2::blocks,
 };

@@ -21,9 +21,10 @@ namespace avx512 {
 #include "small.inl"
 #include "attention.inl"
 #include "blocks.inl"
+#include "packing.inl"
 }  // namespace avx512
 
 extern const Kernels AVX512_KERNELS = {
-    avx512::matmul, avx512::scratch_bytes, avx512::rms_norm, avx512::gated, avx512::rotate, avx512::pack_q8_0, avx512::attention,
+    avx512::matmul, avx512::scratch_bytes, avx512::rms_norm, avx512::gated, avx512::rotate, avx512::pack, avx512::attention,
     avx512::attention_floats, avx512::blocks_bytes, avx512::blocks,
 };

@@ -18,9 +18,10 @@ namespace portable {
 #include "small.inl"
 #include "attention.inl"
 #include "blocks.inl"
+#include "packing.inl"
 }  // namespace portable
 
 extern const Kernels PORTABLE_KERNELS = {
-    portable::matmul, portable::scratch_bytes, portable::rms_norm, portable::gated, portable::rotate, portable::pack_q8_0, portable::attention,
+    portable::matmul, portable::scratch_bytes, portable::rms_norm, portable::gated, portable::rotate, portable::pack, portable::attention,
     portable::attention_floats, portable::blocks_bytes, portable::blocks,
 };

@@ -75,20 +75,3 @@ inline void rotate(const float* x, const float* cosine, const float* sine, int64
         }
     }
 }
-
-// Q8_0 blocks of `count` numbers, whole blocks of 32: d = max |x| / 127 as a half, levels x (1 / d) rounded half away
-// from zero, with the d that is not yet rounded (ggml's quantize_row_q8_0_ref).
-inline void pack_q8_0(const float* x, int64_t count, uint8_t* out, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t block = 0; block < count / 32; block++) {
-        const float* in = x + block * 32;
-        uint8_t* to = out + block * 34;
-        float greatest = 0;
-        for (int i = 0; i < 32; i++) greatest = fabsf(in[i]) > greatest ? fabsf(in[i]) : greatest;
-        const float d = greatest / 127, inverse = d != 0 ? 1 / d : 0;
-        Half halves[WIDTH];
-        store(halves, all(d));
-        memcpy(to, &halves[0].bits, 2);
-        for (int i = 0; i < 32; i++) to[2 + i] = uint8_t(int8_t(int32_t(roundf(in[i] * inverse))));
-    }
-}
