@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pumice.checkpoints.convert import Target, write
 from pumice.checkpoints.gguf_eyes_writer import FILE_TYPES
@@ -22,7 +23,8 @@ class Choices:
 
     dtype: float32, bfloat16 or float16, of a folder's weights; None keeps theirs, and takes float16 for what comes out
     of blocks. template: the prompt template, instead of the checkpoint's own. requantise: make blocks of blocks, at a
-    second loss. force: replace what is at the destination. progress: called after each tensor.
+    second loss. force: replace what is at the destination. progress: called after each tensor. format: of a folder,
+    `hf` or `original`, the LLaVA authors'; None is `hf`.
     """
 
     dtype: str | None = None
@@ -30,6 +32,7 @@ class Choices:
     requantise: bool = False
     force: bool = False
     progress: Progress | None = None
+    format: Literal["hf", "original"] | None = None
 
 
 def convert(
@@ -42,7 +45,7 @@ def convert(
     choices: Choices | None = None,
 ) -> Report:
     """Write the model `src` as `dst`: a GGUF file if that ends in .gguf, with `mmproj-NAME` beside it for a LLaVA, a
-    Hugging Face folder otherwise. It appears whole or not at all; one tensor at a time is in memory.
+    folder otherwise, Hugging Face's or the authors'. It appears whole or not at all; one tensor at a time is in memory.
 
     src: what `pumice.load` takes. quant: a mix of llama.cpp's (`Q4_K_M`, `Q8_0`, …) or `F16`, `BF16`, `F32`; None keeps
     each weight's type. vision: `f16`, `q8_0`, `f32` or `bf16` for tower and projector; None takes f16 beside a quant.
@@ -54,11 +57,13 @@ def convert(
     chosen = choices or Choices()
     if chosen.dtype is not None and chosen.dtype not in DTYPES:
         raise UserError(f"dtype is {chosen.dtype!r}", hint=nearest(chosen.dtype, DTYPES))
+    if chosen.format not in (None, "hf", "original"):
+        raise UserError(f"format is {chosen.format!r}", hint="give hf or original")
     if vision is not None and vision.upper() not in FILE_TYPES:
         raise UserError(f"vision is {vision!r}", hint=f"one of {', '.join(each.lower() for each in FILE_TYPES)}")
     types = Types(mix(quant) if quant else None, FORMATS[vision.upper()] if vision else None, chosen.requantise)
     folders = (beside,) if isinstance(beside, str | Path) else tuple(beside)
     checkpoint = Source(src, chosen.template, beside=folders).checkpoint()
     dtype = DTYPES[chosen.dtype] if chosen.dtype else None
-    target = Target(Path(dst).expanduser(), types, dtype, chosen.force)
+    target = Target(Path(dst).expanduser(), types, dtype, chosen.format, chosen.force)
     return write(checkpoint, target, *([chosen.progress] if chosen.progress else []))

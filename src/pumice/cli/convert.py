@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pumice.cli import options
-from pumice.cli.options import AsJson, Beside, Template
+from pumice.cli.options import AsJson, Beside, Rule, Template
 from pumice.cli.terminal import busy
 from pumice.cli.verify import print_card
 from pumice.errors import UserError
@@ -41,6 +41,9 @@ FolderDtype = Annotated[
     str | None,
     typer.Option("--dtype", help="Of a folder: float32, bfloat16 or float16; as the source without it."),
 ]
+FolderFormat = Annotated[
+    Rule | None, typer.Option("--format", help="Of a folder: hf, or original for the LLaVA authors'; hf without it.")
+]
 Requantise = Annotated[
     bool, typer.Option("--allow-requantize", help="Quantise what is quantised already, at a second loss.")
 ]
@@ -56,6 +59,7 @@ def convert(
     quant: Quant = None,
     vision: Vision = None,
     dtype: FolderDtype = None,
+    format: FolderFormat = None,
     beside: Beside = None,
     template: Template = None,
     requantise: Requantise = False,
@@ -63,7 +67,7 @@ def convert(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a model in another format: Hugging Face's folder or GGUF.
+    """Write a model as GGUF, Hugging Face's folder or the authors'.
 
     pumice convert llava-1.5-7b-hf llava.gguf --quant Q4_K_M
     """
@@ -73,7 +77,7 @@ def convert(
     from pumice.conversion import convert as converted
 
     with progress() as told:
-        choices = Choices(dtype, template, requantise, force, told)
+        choices = Choices(dtype, template, requantise, force, told, format.value if format else None)
         report = converted(src, dst, quant=quant, vision=vision, beside=tuple(beside or ()), choices=choices)
     kept = kept_card(src, dst, template, beside) if card else None
     if as_json:
@@ -100,7 +104,7 @@ def quantize(
 
     pumice quantize llava-f16.gguf llava-q4.gguf --to Q4_K_M
     """
-    convert(src, dst, to, vision, None, beside, None, requantise, card, force, as_json)
+    convert(src, dst, to, vision, None, None, beside, None, requantise, card, force, as_json)
 
 
 def kept_card(src: str, dst: str, template: str | None, beside: list[str] | None) -> Card:
