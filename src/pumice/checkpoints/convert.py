@@ -8,11 +8,13 @@ from typing import Literal
 
 import torch
 
+from pumice.checkpoints.fields import reading
 from pumice.checkpoints.form import COMPUTED, Checkpoint
+from pumice.checkpoints.gguf_eyes import read_eyes
 from pumice.checkpoints.origin import Origin, small_files
 from pumice.checkpoints.report import Progress, Report
 from pumice.checkpoints.tensors import open_weights
-from pumice.checkpoints.to_gguf import Types, write_pair
+from pumice.checkpoints.to_gguf import Types, write_eyes, write_pair
 from pumice.checkpoints.to_hf import write_folder
 from pumice.checkpoints.to_original import write_original
 from pumice.errors import UserError
@@ -39,7 +41,7 @@ def write(checkpoint: Checkpoint, target: Target, progress: Progress = _silent) 
     One tensor at a time is in memory. Raises UserError: see `to_gguf.write_pair`, `to_hf.write_folder` and
     `to_original.write_original`.
     """
-    _refuse_itself(checkpoint, target.path)
+    _refuse_itself(target.path, checkpoint.path, checkpoint.home, checkpoint.projector)
     origin, left = _origin(checkpoint)
     if target.path.suffix.lower() == ".gguf":
         if target.dtype is not None:
@@ -60,9 +62,17 @@ def write(checkpoint: Checkpoint, target: Target, progress: Progress = _silent) 
     return replace(report, left_out=(*report.left_out, *left))
 
 
-def _refuse_itself(checkpoint: Checkpoint, path: Path) -> None:
-    """Raises UserError where writing would remove the source: it is the destination, or lies in it."""
-    for source in (checkpoint.path, checkpoint.home, checkpoint.projector):
+def write_projector(source: Path, target: Target, progress: Progress = _silent) -> Report:
+    """A projector file alone in other types. Raises UserError: see `read_eyes` and `to_gguf.write_eyes`."""
+    with reading(source):
+        eyes = read_eyes(source)
+    _refuse_itself(target.path, source)
+    return write_eyes(eyes, target.path, target.types, force=target.force, progress=progress)
+
+
+def _refuse_itself(path: Path, *sources: Path | None) -> None:
+    """Raises UserError where writing would remove a source: it is the destination, or lies in it."""
+    for source in sources:
         if source is not None and path.resolve() in (source.resolve(), *source.resolve().parents) and path.exists():
             raise UserError(f"the source is {path} itself, or in it", hint="name another place for the result")
 

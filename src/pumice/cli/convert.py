@@ -29,7 +29,9 @@ Destination = Annotated[
     str,
     typer.Argument(help="NAME.gguf, with mmproj-NAME.gguf beside it; anything else is a folder.", metavar="DST"),
 ]
-File = Annotated[str, typer.Argument(help="NAME.gguf, with mmproj-NAME.gguf beside it.", metavar="DST")]
+File = Annotated[
+    str, typer.Argument(help="NAME.gguf, with mmproj-NAME.gguf beside it; of an mmproj alone itself.", metavar="DST")
+]
 Quant = Annotated[
     str | None, typer.Option("--quant", help="Q4_K_M, Q8_0, Q4_0, F16…; as the source has it without it.")
 ]
@@ -73,8 +75,11 @@ def convert(
     """
     if card and quant is None:
         raise UserError("--card came without --quant", hint="name a type; what is as in SRC needs no card")
-    from pumice.conversion import Choices
+    from pumice.conversion import Choices, is_projector
     from pumice.conversion import convert as converted
+
+    if card and is_projector(src):
+        raise UserError(f"--card came, and {src} is a projector alone", hint="a card is of a whole model: leave it out")
 
     with progress() as told:
         choices = Choices(dtype, template, requantise, force, told, format.value if format else None)
