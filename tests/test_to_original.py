@@ -155,6 +155,28 @@ def test_the_authors_folders_come_back(name: str, way: str, tmp_path: Path) -> N
     agree(tmp_path / "llava-mistral", root / name)
 
 
+def test_rows_that_a_vocabulary_got(tmp_path: Path) -> None:
+    """For `<image>`, in Hugging Face's format; the way back keeps them and takes the old tokenizer's files again."""
+    root = reference("golden/models-original")
+    source = tmp_path / "source"
+    pumice.convert(root / "llava-v1.5-tiny", source, choices=THEIRS)
+    state = load_file(source / "model.safetensors")
+    for key in ("lm_head.weight", "model.embed_tokens.weight"):
+        state[key] = state[key][:400].clone()
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    (source / "config.json").write_text(json.dumps(config_of(source) | {"vocab_size": 400}), encoding="utf-8")
+    pumice.convert(source, tmp_path / "hf")
+    pumice.convert(tmp_path / "hf", tmp_path / "back", choices=THEIRS)
+    found = stored(tmp_path / "back")
+    assert found["lm_head.weight"].shape == (448, 64)
+    assert config_of(tmp_path / "back")["vocab_size"] == 448
+    same_tensors({key: each[:400] if key in ("lm_head.weight", "model.embed_tokens.weight") else each
+                  for key, each in found.items()}, state)  # fmt: skip
+    before, after = small(source), small(tmp_path / "back")
+    assert {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)} == {"config.json"}
+    agree(tmp_path / "back", source)
+
+
 def test_an_adapter_is_merged(tmp_path: Path) -> None:
     root = reference("golden/models-original")
     beside = [root / "vicuna-tiny", root / "llava-v1.5-tiny-clip"]

@@ -13,7 +13,7 @@ import typer
 
 from pumice.cli import options
 from pumice.cli.options import AsJson, Beside, Rule, Template
-from pumice.cli.terminal import busy
+from pumice.cli.terminal import counting
 from pumice.cli.verify import print_card
 from pumice.errors import UserError
 
@@ -114,11 +114,11 @@ def quantize(
 
 def kept_card(src: str, dst: str, template: str | None, beside: list[str] | None) -> Card:
     """How far what was written is from its source, as the card in it says from now on."""
-    with busy("comparing"):
-        from pumice.tasks.verify import verify
+    with counting() as told:
+        from pumice.tasks.verify import How, compare
 
         reference = options.source(src, template, None, beside)
-        return verify(options.source(dst, None, None, None), reference, keep=True)
+        return compare(options.source(dst, None, None, None), reference, How(keep=True, progress=told))
 
 
 def described(report: Report) -> dict[str, object]:
