@@ -189,6 +189,21 @@ def test_an_adapter_is_merged(tmp_path: Path) -> None:
         agree(out, root / "llava-v1.5-tiny-lora", beside=beside)
 
 
+def test_a_tower_s_own_words_count(tmp_path: Path) -> None:
+    """Not those of a CLIP folder that happens to lie beside; one that is named does count."""
+    root = reference("golden/models-original")
+    other = tmp_path / "llava-v1.5-tiny-clip"
+    other.mkdir()
+    said = json.loads((root / other.name / "config.json").read_text(encoding="utf-8"))
+    (other / "config.json").write_text(json.dumps(said | {"num_attention_heads": 2}), encoding="utf-8")
+    pumice.convert(root / "llava-v1.5-tiny", tmp_path / "llava", choices=THEIRS)
+    wanted = checkpoints.read(root / "llava-v1.5-tiny").config.vision
+    assert wanted is not None
+    assert checkpoints.read(tmp_path / "llava").config.vision == wanted
+    found = checkpoints.read(tmp_path / "llava", beside=[other]).config.vision
+    assert found == dataclasses.replace(wanted, heads=2)
+
+
 @pytest.mark.parametrize("legacy", [True, False], ids=["legacy", "today"])
 def test_a_pair_of_others(legacy: bool, tmp_path: Path) -> None:
     """Without a word of where it came from; the first converters left the last block and the last norm out."""
@@ -266,11 +281,10 @@ def test_which_towers_are_openai_s() -> None:
     for key, value in others.items():
         assert openai_tower(dataclasses.replace(CLIP_L, **{key: value})) is None, key
     rounded = dataclasses.replace(CLIP_IMAGE, mean=(0.48145467042922974, 0.4578275084495544, 0.40821072459220886))
-    assert prepared_as_clip(CLIP_IMAGE, exactly=True)
-    assert prepared_as_clip(rounded, exactly=False)
-    assert not prepared_as_clip(rounded, exactly=True)
+    assert prepared_as_clip(CLIP_IMAGE)
+    assert prepared_as_clip(rounded)
     for key, value in {"resize_px": (336, 336), "resample": 2, "mean": (0.5, 0.5, 0.5)}.items():
-        assert not prepared_as_clip(dataclasses.replace(CLIP_IMAGE, **{key: value}), exactly=False), key
+        assert not prepared_as_clip(dataclasses.replace(CLIP_IMAGE, **{key: value})), key
 
 
 def test_keys() -> None:

@@ -88,6 +88,7 @@ def config_values(config: LlavaConfig, dtype: torch.dtype, bos_id: int | None) -
         "unfreeze_mm_vision_tower": True,
         "image_aspect_ratio": _RATIOS[image.mode],
         TEMPLATE_KEY: config.template,
+        TOWER_KEY: _described(vision, image),
     }
     del values["head_dim"]
     values.pop("rope_scaling", None)
@@ -101,8 +102,6 @@ def config_values(config: LlavaConfig, dtype: torch.dtype, bos_id: int | None) -
         values["mm_patch_merge_type"] = "spatial_unpad"
         # As (width, height), the way the authors read the list.
         values["image_grid_pinpoints"] = [[width, height] for height, width in image.pinpoints]
-    if openai_tower(vision) is None or not prepared_as_clip(image, exactly=True):
-        values[TOWER_KEY] = _described(vision, image)
     return values
 
 
@@ -119,10 +118,10 @@ def openai_tower(vision: VisionConfig) -> str | None:
     return OPENAI.get(vision.image_px) if found == known else None
 
 
-def prepared_as_clip(image: ImageConfig, *, exactly: bool) -> bool:
-    """Do pictures become pixels as with OpenAI's CLIP? Not exactly: up to the rounding of GGUF's 32 bits."""
+def prepared_as_clip(image: ImageConfig) -> bool:
+    """Do pictures become pixels as with OpenAI's CLIP, up to the rounding of GGUF's 32 bits?"""
     numbers = zip((*image.mean, *image.std, image.rescale), (*CLIP_MEAN, *CLIP_STD, 1 / 255), strict=True)
-    close = all(abs(each - clip) <= (0 if exactly else 1e-6) for each, clip in numbers)
+    close = all(abs(each - clip) < 1e-6 for each, clip in numbers)
     return close and image.resize_px == image.crop_px and image.resample == 3
 
 

@@ -137,8 +137,8 @@ def _notes(
         ),
         "no CLIP of OpenAI's has the tower's sizes, which the authors' code takes from mm_vision_tower: "
         "name a folder of such a CLIP there": config_json.get("mm_vision_tower", "") == "",
-        "pictures are prepared in another way than OpenAI's CLIP has it, which is the authors' way": (
-            not prepared_as_clip(image, exactly=False)
+        "the authors' code prepares pictures as the CLIP of mm_vision_tower has it, and this model has another way": (
+            not prepared_as_clip(image)
         ),
         "there is no tokenizer.model, which the authors' code asks for with Llama's tokenizer": (
             "tokenizer.model" not in words
