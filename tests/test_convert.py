@@ -754,3 +754,81 @@ def test_a_report_is_data(made: dict[str, Path], tmp_path: Path) -> None:
     assert sum(each.tensors for each in report.written) == len(seen)
     assert seen[-1][1] == seen[-1][2] == sum(each.nbytes for each in report.written)
     assert [each[1] for each in seen] == sorted(each[1] for each in seen)
+
+
+# --- a projector file alone -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("legacy", [True, False], ids=["legacy", "today"])
+@pytest.mark.parametrize("kind", ["Q8_0", "F16", "BF16"])
+def test_a_projector_alone(kind: str, legacy: bool, tmp_path: Path) -> None:
+    """The gguf package's values of it, and the file that the pair would get."""
+    folder = tiny.hf_folder(tmp_path / "hf", family="1.6", lm="mistral", seed=6)
+    path = pair(folder, tmp_path / "pair", legacy=legacy)
+    source, out = path.with_name("mmproj.gguf"), tmp_path / "mmproj-q.gguf"
+    report = pumice.convert(source, out, quant=kind)
+    assert [each.path for each in report.written] == [out]
+    choices = Choices(template="mistral_instruct")
+    pumice.convert(path, tmp_path / "both" / "q.gguf", vision=kind.lower(), choices=choices)
+    assert out.read_bytes() == (tmp_path / "both" / "mmproj-q.gguf").read_bytes()
+    old = {eyes_name_of(each.name, swapped=legacy): each for each in gguf.GGUFReader(source).tensors}
+    counted = 0
+    for each in gguf.GGUFReader(out).tensors:
+        name, values = eyes_name_of(each.name, swapped=False), old.pop(eyes_name_of(each.name, swapped=False)).data
+        if each.tensor_type.name == kind:
+            counted += 1
+            wanted = gguf.quants.quantize(values.astype(np.float32), each.tensor_type)
+            assert np.array_equal(each.data.view(np.uint8).ravel(), wanted.view(np.uint8).ravel()), name
+        else:
+            assert each.tensor_type.name == "F32"
+            assert np.array_equal(each.data, values.astype(np.float32)), name
+    assert not old
+    blocks = 2 if legacy else 3
+    assert counted == 6 * blocks + 2 + (kind == "F16")  # llama.cpp's convolution is F16 or F32
+    assert fields_of(out)["general.file_type"] == {"Q8_0": 7, "F16": 1, "BF16": 32}[kind]
+
+
+@pytest.mark.usefixtures("unrounded")
+def test_a_projector_alone_beside_its_language_model(tmp_path: Path) -> None:
+    """It runs with the model, and unpacks again to the same features."""
+    folder = tiny.hf_folder(tmp_path / "hf", family="1.5", seed=6)
+    path = pair(folder, tmp_path / "pair", legacy=True)
+    source, small = path.with_name("mmproj.gguf"), tmp_path / "mmproj-s.gguf"
+    done = command("quantize", source, small, "--to", "q8_0")
+    assert done.returncode == 0, done.stderr
+    first, second = (pumice.load(path, mmproj=each, dtype="float32", template="vicuna_v1") for each in (source, small))
+    seen = first.see(pumice.Question(WORDS, PICTURE))
+    a, b = first.features(seen.images)[0], second.features(seen.images)[0]
+    assert 0 < float((a - b).norm() / a.norm()) < 0.02
+    pumice.convert(small, tmp_path / "mmproj-f.gguf", vision="f32")
+    third = pumice.load(path, mmproj=tmp_path / "mmproj-f.gguf", dtype="float32", template="vicuna_v1")
+    assert torch.allclose(third.features(seen.images)[0], b, atol=1e-5, rtol=0)
+    with pytest.raises(UserError, match="itself, or in it"):
+        pumice.convert(small, small, quant="F16", choices=Choices(force=True))
+    with pytest.raises(UserError, match="is there already"):
+        pumice.convert(source, small, quant="F16")
+
+
+def test_a_projector_alone_and_what_has_no_place(made: dict[str, Path], tmp_path: Path) -> None:
+    source, out = projector_of(converted(made["1.5-vicuna"])), tmp_path / "mmproj-x.gguf"
+    for words, named in (
+        ("and no type came", {}),
+        ("and Q4_K_M came", {"quant": "Q4_K_M"}),
+        ("and F16 and Q8_0 came", {"quant": "Q8_0", "vision": "f16"}),
+        ("no .gguf", {"dst": tmp_path / "x", "quant": "Q8_0"}),
+        ("and dtype came", {"quant": "Q8_0", "choices": Choices(dtype="float16")}),
+        ("and template came", {"quant": "Q8_0", "choices": Choices(template="vicuna_v1")}),
+        ("and format came", {"quant": "Q8_0", "choices": Choices(format="original")}),
+        ("and beside came", {"quant": "Q8_0", "beside": made["1.5-vicuna"]}),
+    ):
+        with pytest.raises(UserError, match=words):
+            pumice.convert(source, **{"dst": out, **named})
+    done = command("quantize", source, out, "--to", "Q8_0", "--card")
+    assert done.returncode == 2
+    assert "a projector alone" in done.stderr
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "in.gguf").write_bytes(source.read_bytes())
+    bad = edited(tmp_path / "in.gguf", names={"v.blk.0.ln1.weight": "v.blk.0.ln9.weight"})
+    with pytest.raises(UserError, match=r"lacks 'vision_tower.encoder.layers.0.layer_norm1.weight'"):
+        pumice.convert(bad, out, quant="Q8_0")
+    assert not out.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import weakref
@@ -22,9 +23,10 @@ import tiny
 from pumice import UserError
 from pumice.checkpoints.card import CARD_KEY, NO_CARD
 from pumice.checkpoints.gguf_file import Value
+from pumice.cli.terminal import counting
 from pumice.image import Grid, Prepared
 from pumice.model import Source, load_from
-from pumice.network.llava import merge
+from pumice.network.llava import Llava, merge
 from pumice.tasks import verify as task
 from pumice.tasks.figures import FeatureTally, LogitTally, PixelTally
 from pumice.tasks.probes import page, probes, scene, tower
@@ -528,3 +530,43 @@ def test_a_card_is_kept_and_shown(command: Command, folder: Path, tmp_path: Path
     assert pumice.load(kept, template="mistral_instruct").ask("Hi").text
     strange = edited(path, values={CARD_KEY: Value("string", '{"a": "\x1b[31m"}')})
     assert "one that cannot be read" in command("show", strange, *options).out
+
+
+# --- how far it is ----------------------------------------------------------------------------------------------------
+
+
+def test_each_question_is_counted(folder: Path, values: Path) -> None:
+    """The reference's, then the model's; a file of values has the reference's already."""
+    heard: list[tuple[str, int, int]] = []
+    how = task.How(progress=lambda *each: heard.append(each))
+    counts = {what: [(what, done, 6) for done in range(7)] for what in ("reference", "model")}
+    card = task.compare(folder, folder, how)
+    assert heard == counts["reference"] + counts["model"]
+    heard.clear()
+    assert task.compare(folder, values, how) == card
+    assert heard == counts["model"]
+
+
+def test_the_reference_s_pictures_are_encoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For its answer and for its features."""
+    seen: list[int] = []
+    encode = Llava.encode
+
+    def counted(self: Llava, pixels: torch.Tensor, grids: list[Grid]) -> list[torch.Tensor]:
+        seen.append(len(grids))
+        return encode(self, pixels, grids)
+
+    monkeypatch.setattr(Llava, "encode", counted)
+    measured(Source(folder), probes(eyes=True), dtype=None, device=None)
+    assert seen == [1, 1, 1]
+
+
+def test_a_bar_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    for terminal in (True, False):
+        stream = io.StringIO()
+        monkeypatch.setattr(stream, "isatty", lambda terminal=terminal: terminal)
+        monkeypatch.setattr("sys.stderr", stream)
+        with counting() as told:
+            told("reference", 2, 6)
+        assert ("reference" in stream.getvalue() and "2/6" in stream.getvalue()) == terminal
+        assert bool(stream.getvalue()) == terminal

@@ -258,6 +258,11 @@ class Stream:
             pass
         return self._opened.answer()
 
+    @property
+    def features(self) -> list[Tensor]:
+        """What the language model gets of each image, as `Model.features` says."""
+        return self._opened.request.features
+
     def _run(self, model: Model) -> Iterator[str]:
         run = Run(model.network, [self._opened.request])
         for step in itertools.chain.from_iterable(iter(run.step, [])):

@@ -1,4 +1,4 @@
-"""Checkpoints in Hugging Face's, the LLaVA authors' and GGUF's format, read into one form, and written as the first.
+"""Checkpoints in Hugging Face's, the LLaVA authors' and GGUF's format, read into one form; `convert` writes them.
 
 Nothing in a checkpoint is executed: configs are data, chat templates are compared with known ones, and `.bin` files are
 read by an interpreter that can only describe tensors (`pickles`).

@@ -40,14 +40,19 @@ def expected_tensors(config: LlavaConfig) -> dict[str, Shape]:
     """The name and shape of every tensor of a network of this config: those of its modules, and no others."""
     expected: dict[str, Shape] = {}
     if config.vision is not None and config.projector is not None:
-        expected.update(_vision(config.vision))
-        expected.update(_projector(config.projector, config.vision.feature_width, config.text.width))
-    if config.has_newline:
-        expected["image_newline"] = (config.text.width,)
+        expected |= expected_eyes(config.vision, config.projector, config.text.width, newline=config.has_newline)
     expected.update(_text(config.text))
     if not config.text.tied_embeddings:
         expected["lm_head.weight"] = (config.text.vocab, config.text.width)
     return expected
+
+
+def expected_eyes(
+    vision: VisionConfig, projector: ProjectorConfig, width_out: int, *, newline: bool
+) -> dict[str, Shape]:
+    """Of the tower, the projector and the newline vector alone."""
+    expected = dict(_vision(vision)) | dict(_projector(projector, vision.feature_width, width_out))
+    return expected | ({"image_newline": (width_out,)} if newline else {})
 
 
 def _vision(vision: VisionConfig) -> Iterator[tuple[str, Shape]]:
@@ -175,10 +180,14 @@ def _from_sequential(rest: str) -> str:
 
 def checked(entries: Mapping[str, Entry], config: LlavaConfig, path: Path) -> Tensors:
     """Exactly the tensors of the config, or a UserError that names what is missing, extra, of another shape or type."""
-    expected = expected_tensors(config)
     have = dict(entries)
     if config.text.tied_embeddings:
         have.pop("lm_head.weight", None)  # some writers store the tied matrix a second time
+    return fitted(have, expected_tensors(config), path)
+
+
+def fitted(have: Mapping[str, Entry], expected: Mapping[str, Shape], path: Path) -> Tensors:
+    """Exactly the expected tensors. Raises UserError as `checked`."""
     if missing := expected.keys() - have.keys():
         raise _mismatch(path, f"lacks {listed(missing)}")
     if extra := have.keys() - expected.keys():

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from pumice.checkpoints.form import Checkpoint
 from pumice.checkpoints.gguf_eyes import IMAGE_KEY, IN_BLOCK, NAMES, PROJECTOR, VISION_KEY
 from pumice.checkpoints.gguf_file import ToStore, Value
 from pumice.checkpoints.gguf_writer import EYES, stored_format
 from pumice.checkpoints.mixes import fitting
 from pumice.checkpoints.recoded import recoded
-from pumice.config import ImageConfig, LlavaConfig, VisionConfig
+from pumice.checkpoints.tensors import Tensors
+from pumice.config import ImageConfig, VisionConfig
 from pumice.quant import FORMATS, Format
 
 FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7}
@@ -46,14 +46,14 @@ def eyes_key_of(name: str) -> str:
     return f"v.blk.{match[1]}.{_KEYS_IN_BLOCK[match[2]]}.{match[3]}"
 
 
-def eyes_formats(checkpoint: Checkpoint, wanted: Format | None) -> dict[str, Format]:
+def eyes_formats(tensors: Tensors, wanted: Format | None) -> dict[str, Format]:
     """What each tensor is stored as, by pumice's names. `wanted` is the type of the matrices, None keeps theirs."""
     formats = {}
-    for name in checkpoint.tensors.names():
+    for name in tensors.names():
         if not name.startswith(EYES):
             continue
-        shape = checkpoint.tensors.shape(name)
-        format = wanted or stored_format(checkpoint, name)
+        shape = tensors.shape(name)
+        format = wanted or stored_format(tensors, name)
         if len(shape) == 1 or name == _NEVER_IN_BLOCKS[1]:
             format = FORMATS["F32"]
         elif name == _NEVER_IN_BLOCKS[0]:
@@ -63,23 +63,19 @@ def eyes_formats(checkpoint: Checkpoint, wanted: Format | None) -> dict[str, For
     return formats
 
 
-def eyes_tensors(checkpoint: Checkpoint, formats: Mapping[str, Format]) -> list[ToStore]:
-    tensors = checkpoint.tensors
+def eyes_tensors(tensors: Tensors, formats: Mapping[str, Format]) -> list[ToStore]:
     return [
-        ToStore(eyes_key_of(name), tensors.shape(name), format, functools.partial(_load, checkpoint, name, format))
+        ToStore(eyes_key_of(name), tensors.shape(name), format, functools.partial(_load, tensors, name, format))
         for name, format in formats.items()
     ]
 
 
-def _load(checkpoint: Checkpoint, name: str, format: Format) -> np.ndarray[Any, Any]:
-    return recoded(name, checkpoint.tensors.stored(name), format)
+def _load(tensors: Tensors, name: str, format: Format) -> np.ndarray[Any, Any]:
+    return recoded(name, tensors.stored(name), format)
 
 
-def eyes_values(config: LlavaConfig, name: str) -> dict[str, Value]:
-    """The metadata of a projector file, but for its types."""
-    vision, image = config.vision, config.image
-    assert vision is not None
-    assert image is not None
+def eyes_values(vision: VisionConfig, image: ImageConfig, width_out: int, name: str) -> dict[str, Value]:
+    """The metadata of a projector file, but for its types. `width_out` is that of the language model."""
     values = {
         "general.architecture": Value("string", PROJECTOR),
         "general.type": Value("string", "mmproj"),
@@ -87,7 +83,7 @@ def eyes_values(config: LlavaConfig, name: str) -> dict[str, Value]:
         "clip.has_vision_encoder": Value("bool", True),
         "clip.projector_type": Value("string", "mlp"),
         "clip.use_gelu": Value("bool", vision.activation == "gelu"),
-        **_numbers(vision, config.text.width),
+        **_numbers(vision, width_out),
         "clip.vision.feature_layer": Value("i32", [_counted(each, vision.layers) for each in vision.feature_layers]),
         "clip.vision.image_mean": Value("f32", list(image.mean)),
         "clip.vision.image_std": Value("f32", list(image.std)),

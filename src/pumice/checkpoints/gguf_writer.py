@@ -20,6 +20,7 @@ from pumice.checkpoints.gguf_file import ToStore, Value
 from pumice.checkpoints.gguf_vocab import names_phi_3
 from pumice.checkpoints.mixes import MIXES, Mix, format_of
 from pumice.checkpoints.recoded import FORMAT_OF, recoded
+from pumice.checkpoints.tensors import Tensors
 from pumice.config import LlavaConfig, Rotary, TextConfig
 from pumice.quant import FORMATS, Format, QTensor
 
@@ -40,10 +41,9 @@ def key_of(name: str) -> str:
     return f"blk.{match[1]}.{_KEYS_IN_BLOCK[match[2]]}.{part}"
 
 
-def stored_format(checkpoint: Checkpoint, name: str) -> Format:
+def stored_format(tensors: Tensors, name: str) -> Format:
     """The format that keeps a tensor's values as they are; float64 has none and becomes F32."""
-    blocks = checkpoint.tensors.blocks(name)
-    return blocks or FORMAT_OF.get(checkpoint.tensors.dtype(name), FORMATS["F32"])
+    return tensors.blocks(name) or FORMAT_OF.get(tensors.dtype(name), FORMATS["F32"])
 
 
 def lm_formats(checkpoint: Checkpoint, mix: Mix | None) -> dict[str, Format]:
@@ -59,7 +59,7 @@ def lm_formats(checkpoint: Checkpoint, mix: Mix | None) -> dict[str, Format]:
         elif mix is not None:
             formats[name] = format_of(key_of(name), shape[1], mix, text)
         else:
-            formats[name] = stored_format(checkpoint, name)
+            formats[name] = stored_format(tensors, name)
     return formats
 
 

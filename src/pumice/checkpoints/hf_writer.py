@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,20 +14,13 @@ from torch import Tensor
 from pumice import prompt
 from pumice.chat_template import template_for
 from pumice.checkpoints.form import expected_tensors
-from pumice.checkpoints.safetensors_writer import Weight, put_safetensors
+from pumice.checkpoints.safetensors_writer import DTYPE_NAMES, Weight, main_dtype, put_shards
 from pumice.checkpoints.sidefiles import TEMPLATE_KEY, TOKENIZER_FILES, chat_template
 from pumice.checkpoints.tensors import listed
 from pumice.checkpoints.whole import check_free, whole
 from pumice.config import ImageConfig, LlavaConfig, TextConfig, VisionConfig
 from pumice.errors import UserError
 from pumice.tokenizer import Tokenizer
-
-DTYPE_NAMES = {
-    torch.float64: "float64",
-    torch.float32: "float32",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-}
 
 
 def write_hf(
@@ -61,7 +54,7 @@ def write_hf(
     }
     with whole(folder) as partial:
         partial.mkdir()
-        for _ in put_weights(partial, weights, max_shard_bytes):
+        for _ in put_shards(partial, hub_weights(weights), max_shard_bytes):
             pass
         put_descriptions(partial, config, main_dtype(weights))
         _copy_tokenizer(partial, tokenizer_files, config.template)
@@ -89,7 +82,7 @@ def check_sayable(config: LlavaConfig, *, tokenizer_files: Path) -> None:
     if config.projector.layers != 2:
         raise UserError(
             f"the projector has {config.projector.layers} layers; Transformers' LLaVA has 2",
-            hint="keep this model in the authors' format; to train, start from a model whose projector has 2 layers",
+            hint="the authors' format has any: --format original; to train, start from a model whose projector has 2",
         )
     found = Tokenizer.from_folder(tokenizer_files).id_of("<image>")
     if found != config.image_token_id or found is None:
@@ -126,40 +119,10 @@ def hub_key(name: str, *, eyes: bool) -> str:
     return name
 
 
-def put_weights(folder: Path, weights: Mapping[str, Weight], max_bytes: int) -> Iterator[str]:
-    """The shards, and an index when there are several; yields each tensor's published key when it is written."""
+def hub_weights(weights: Mapping[str, Weight]) -> dict[str, Weight]:
+    """By published key instead of pumice's name."""
     eyes = any(name.startswith("vision_tower.") for name in weights)
-    named = {hub_key(name, eyes=eyes): each for name, each in weights.items()}
-    shards = list(_shards(named, max_bytes))
-    weight_map: dict[str, str] = {}
-    for number, keys in enumerate(shards, start=1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-        yield from put_safetensors(folder / file, {key: named[key] for key in keys})
-        weight_map |= dict.fromkeys(keys, file)
-    if len(shards) > 1:
-        total = sum(each.nbytes for each in named.values())
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def main_dtype(weights: Mapping[str, Weight]) -> torch.dtype:
-    """The type of the largest part."""
-    sizes: dict[torch.dtype, int] = {}
-    for each in weights.values():
-        sizes[each.dtype] = sizes.get(each.dtype, 0) + each.nbytes
-    return max(sizes, key=lambda each: sizes[each])
-
-
-def _shards(weights: Mapping[str, Weight], max_bytes: int) -> Iterator[list[str]]:
-    keys: list[str] = []
-    filled = 0
-    for key, each in weights.items():
-        if keys and filled + each.nbytes > max_bytes:
-            yield keys
-            keys, filled = [], 0
-        keys.append(key)
-        filled += each.nbytes
-    yield keys
+    return {hub_key(name, eyes=eyes): each for name, each in weights.items()}
 
 
 # --- the files beside them --------------------------------------------------------------------------------------------
@@ -173,9 +136,9 @@ def put_descriptions(folder: Path, config: LlavaConfig, dtype: torch.dtype) -> N
 
 def _descriptions(config: LlavaConfig, dtype: str) -> dict[str, dict[str, object]]:
     """File names and their content."""
-    generation: dict[str, object] = {"eos_token_id": _one_or_many(config.stop_ids)} if config.stop_ids else {}
+    generation: dict[str, object] = {"eos_token_id": one_or_many(config.stop_ids)} if config.stop_ids else {}
     files: dict[str, dict[str, object]] = {"generation_config.json": generation}
-    text = _text(config.text, config.template) | {"torch_dtype": dtype}
+    text = text_values(config.text, config.template) | {"torch_dtype": dtype}
     common: dict[str, object] = {"torch_dtype": dtype, TEMPLATE_KEY: config.template}
     if config.vision is None or config.image is None or config.projector is None:
         return files | {"config.json": text | common}
@@ -184,11 +147,11 @@ def _descriptions(config: LlavaConfig, dtype: str) -> dict[str, dict[str, object
         "model_type": "llava_next" if tiles else "llava",
         "architectures": ["LlavaNextForConditionalGeneration" if tiles else "LlavaForConditionalGeneration"],
         "text_config": text,
-        "vision_config": _vision(config.vision),
+        "vision_config": vision_values(config.vision),
         "image_token_index": config.image_token_id,
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": config.projector.bias,
-        "vision_feature_layer": _one_or_many(config.vision.feature_layers),
+        "vision_feature_layer": one_or_many(config.vision.feature_layers),
         "vision_feature_select_strategy": "full" if config.vision.keep_class_token else "default",
         "image_seq_length": config.vision.tile_tokens,
         "tie_word_embeddings": config.text.tied_embeddings,
@@ -197,7 +160,7 @@ def _descriptions(config: LlavaConfig, dtype: str) -> dict[str, dict[str, object
         model |= {"image_grid_pinpoints": _pairs(config.image), "use_image_newline_parameter": True}
     processor = "LlavaNextProcessor" if tiles else "LlavaProcessor"
     files["config.json"] = model | common
-    files["preprocessor_config.json"] = _preprocessor(config.image) | {"processor_class": processor}
+    files["preprocessor_config.json"] = preprocessor_values(config.image) | {"processor_class": processor}
     files["processor_config.json"] = {
         "processor_class": processor,
         "image_token": "<image>",
@@ -208,7 +171,7 @@ def _descriptions(config: LlavaConfig, dtype: str) -> dict[str, dict[str, object
     return files
 
 
-def _text(text: TextConfig, template: str) -> dict[str, object]:
+def text_values(text: TextConfig, template: str) -> dict[str, object]:
     """Llama and Mistral without a window are one function; the name matters to readers that know prompts by it."""
     mistral = text.window is not None or prompt.TEMPLATES[template].name == "mistral_instruct"
     kind, head = ("mistral", "Mistral") if mistral else ("llama", "Llama")
@@ -250,7 +213,7 @@ def _rope_scaling(text: TextConfig) -> dict[str, object]:
     }
 
 
-def _vision(vision: VisionConfig) -> dict[str, object]:
+def vision_values(vision: VisionConfig) -> dict[str, object]:
     return {
         "model_type": "clip_vision_model",
         "hidden_size": vision.width,
@@ -265,7 +228,7 @@ def _vision(vision: VisionConfig) -> dict[str, object]:
     }
 
 
-def _preprocessor(image: ImageConfig) -> dict[str, object]:
+def preprocessor_values(image: ImageConfig) -> dict[str, object]:
     kinds = {"crop": "CLIPImageProcessor", "pad": "LlavaImageProcessor", "anyres": "LlavaNextImageProcessor"}
     size = image.resize_px
     values: dict[str, object] = {
@@ -287,7 +250,8 @@ def _pairs(image: ImageConfig) -> list[list[int]]:
     return [list(pair) for pair in image.pinpoints]
 
 
-def _one_or_many(values: tuple[int, ...]) -> int | list[int]:
+def one_or_many(values: tuple[int, ...]) -> int | list[int]:
+    """As a config.json has the ids of end tokens."""
     return values[0] if len(values) == 1 else list(values)
 
 

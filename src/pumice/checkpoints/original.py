@@ -25,6 +25,9 @@ from pumice.tokenizer import Tokenizer
 KINDS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
 """model_type, and the language model behind it."""
 
+TOWER_KEY = "pumice_tower"
+"""In a config.json that pumice wrote: what the CLIP folder of the tower in the same files would say."""
+
 
 @dataclass(frozen=True)
 class _Tower:
@@ -181,11 +184,14 @@ def _sibling(folder: Path, name: str) -> Path | None:
 
 def _tower(folder: Path, config: Fields, entries: Mapping[str, Entry], given: Path | None) -> _Tower:
     """1.6 was trained with its tower and holds it; for 1.5 the weights are those of the CLIP that its config names."""
-    name = config.text("mm_vision_tower", "")
+    name, own = config.text("mm_vision_tower", ""), config.inner(TOWER_KEY)
+    inside = any(key.startswith("vision_tower.") for key in entries)
+    if inside and given is None and own.names:
+        return _Tower({}, _measured(entries, own.inner("vision_config"), folder), own.inner("image_processor"))
     place = given or _sibling(folder, name)
     described = _described(place) if place is not None else Fields({}, "no tower")
     preprocessor = json_if_there(place / "preprocessor_config.json") if place is not None else Fields({}, "no tower")
-    if any(key.startswith("vision_tower.") for key in entries):
+    if inside:
         return _Tower({}, _measured(entries, described, folder), preprocessor)
     if place is None:
         raise UserError(

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pumice.cli import options
-from pumice.cli.options import AsJson, Beside, Template
-from pumice.cli.terminal import busy
+from pumice.cli.options import AsJson, Beside, Rule, Template
+from pumice.cli.terminal import counting
 from pumice.cli.verify import print_card
 from pumice.errors import UserError
 
@@ -29,7 +29,9 @@ Destination = Annotated[
     str,
     typer.Argument(help="NAME.gguf, with mmproj-NAME.gguf beside it; anything else is a folder.", metavar="DST"),
 ]
-File = Annotated[str, typer.Argument(help="NAME.gguf, with mmproj-NAME.gguf beside it.", metavar="DST")]
+File = Annotated[
+    str, typer.Argument(help="NAME.gguf, with mmproj-NAME.gguf beside it; of an mmproj alone itself.", metavar="DST")
+]
 Quant = Annotated[
     str | None, typer.Option("--quant", help="Q4_K_M, Q8_0, Q4_0, F16…; as the source has it without it.")
 ]
@@ -40,6 +42,9 @@ Vision = Annotated[
 FolderDtype = Annotated[
     str | None,
     typer.Option("--dtype", help="Of a folder: float32, bfloat16 or float16; as the source without it."),
+]
+FolderFormat = Annotated[
+    Rule | None, typer.Option("--format", help="Of a folder: hf, or original for the LLaVA authors'; hf without it.")
 ]
 Requantise = Annotated[
     bool, typer.Option("--allow-requantize", help="Quantise what is quantised already, at a second loss.")
@@ -56,6 +61,7 @@ def convert(
     quant: Quant = None,
     vision: Vision = None,
     dtype: FolderDtype = None,
+    format: FolderFormat = None,
     beside: Beside = None,
     template: Template = None,
     requantise: Requantise = False,
@@ -63,17 +69,20 @@ def convert(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a model in another format: Hugging Face's folder or GGUF.
+    """Write a model as GGUF, Hugging Face's folder or the authors'.
 
     pumice convert llava-1.5-7b-hf llava.gguf --quant Q4_K_M
     """
     if card and quant is None:
         raise UserError("--card came without --quant", hint="name a type; what is as in SRC needs no card")
-    from pumice.conversion import Choices
+    from pumice.conversion import Choices, is_projector
     from pumice.conversion import convert as converted
 
+    if card and is_projector(src):
+        raise UserError(f"--card came, and {src} is a projector alone", hint="a card is of a whole model: leave it out")
+
     with progress() as told:
-        choices = Choices(dtype, template, requantise, force, told)
+        choices = Choices(dtype, template, requantise, force, told, format.value if format else None)
         report = converted(src, dst, quant=quant, vision=vision, beside=tuple(beside or ()), choices=choices)
     kept = kept_card(src, dst, template, beside) if card else None
     if as_json:
@@ -100,16 +109,16 @@ def quantize(
 
     pumice quantize llava-f16.gguf llava-q4.gguf --to Q4_K_M
     """
-    convert(src, dst, to, vision, None, beside, None, requantise, card, force, as_json)
+    convert(src, dst, to, vision, None, None, beside, None, requantise, card, force, as_json)
 
 
 def kept_card(src: str, dst: str, template: str | None, beside: list[str] | None) -> Card:
     """How far what was written is from its source, as the card in it says from now on."""
-    with busy("comparing"):
-        from pumice.tasks.verify import verify
+    with counting() as told:
+        from pumice.tasks.verify import How, compare
 
         reference = options.source(src, template, None, beside)
-        return verify(options.source(dst, None, None, None), reference, keep=True)
+        return compare(options.source(dst, None, None, None), reference, How(keep=True, progress=told))
 
 
 def described(report: Report) -> dict[str, object]:

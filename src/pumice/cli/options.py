@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Rule(enum.StrEnum):
-    """Whose preprocessing images follow."""
+    """Whose preprocessing images follow, or whose format a folder has."""
 
     hf = "hf"
     original = "original"

@@ -10,7 +10,7 @@ import typer
 
 from pumice.cli import options
 from pumice.cli.options import AsJson, Beside, Device, Dtype, ImagePaths, ModelName, Preprocess, Template
-from pumice.cli.terminal import busy
+from pumice.cli.terminal import counting
 from pumice.errors import UserError
 
 if TYPE_CHECKING:
@@ -65,19 +65,19 @@ def verify(
         raise UserError(
             "--save came with --against or --keep", hint="save the reference's values first, then compare with them"
         )
-    with busy("comparing"):
+    with counting() as told:
         from pumice.tasks.card import Bounds
-        from pumice.tasks.verify import save_values
-        from pumice.tasks.verify import verify as compare
+        from pumice.tasks.verify import How, compare
+        from pumice.tasks.verify import save as save_values
 
         bounds = Bounds(max_kl, min_agreement, min_cosine)
         source = options.source(model, template, preprocess, beside)
-        pictures = image or []
+        how = How(image or [], keep, dtype, device, told)
         if save is not None:
-            save_values(source, save, images=pictures, dtype=dtype, device=device)
+            save_values(source, save, how)
             return
         other = None if against is None else options.source(against, template, preprocess, against_beside)
-        card = compare(source, other, images=pictures, keep=keep, dtype=dtype, device=device)
+        card = compare(source, other, how)
     if as_json:
         print(card.to_json())
     else:

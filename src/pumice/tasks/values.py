@@ -7,9 +7,10 @@ T tokens of a prompt · I tokens of its image · D width · A places of the answ
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from pumice.checkpoints.tensors import Entry, open_file, save_file
 from pumice.engine.sampling import Sampling
 from pumice.errors import UserError, shortened
 from pumice.image import Grid, Prepared
-from pumice.model import Model, Source, load_from
+from pumice.model import Model, Source, Stream, load_from
 from pumice.prompt import Part
 from pumice.question import Question
 from pumice.tasks.card import Build, read_as
@@ -131,10 +132,21 @@ class Values:
         save_file(path, tensors)
 
 
-def measured(source: Source, asked: Sequence[Probe], *, dtype: str | None, device: str | None) -> Values:
-    """Load a build, ask it, drop it."""
+def _silent(done: int) -> None: ...
+
+
+def measured(
+    source: Source,
+    asked: Sequence[Probe],
+    *,
+    dtype: str | None,
+    device: str | None,
+    told: Callable[[int], None] = _silent,
+) -> Values:
+    """Load a build, ask it, drop it. `told` hears how many probes are done."""
+    told(0)
     model, subject = load_from(source, dtype=dtype, device=device), Subject.of(source)
-    results = tuple(_result(model, probe) for probe in asked)
+    results = tuple(_result(model, probe, functools.partial(told, done)) for done, probe in enumerate(asked, 1))
     return Values(subject, tuple((each.prompt, each.digest) for each in asked), results)
 
 
@@ -142,17 +154,20 @@ def question(probe: Probe) -> Question:
     return Question(probe.prompt, probe.picture, sampling=Sampling(max_tokens=ANSWER_TOKENS))
 
 
-def _result(model: Model, probe: Probe) -> Result:
+def _result(model: Model, probe: Probe, done: Callable[[], None]) -> Result:
     asked = question(probe)
     seen, mark = model.see(asked), model.config.image_token_id
-    tokens = list(model.answer(asked).tokens)
+    stream = Stream(model, asked, seen)
+    tokens = list(stream.answer.tokens)
     # An image token that is answered ends what can be read again: there it would ask for an image.
     answer = tokens[: tokens.index(mark) + 1] if mark in tokens else tokens
-    features = seen_features(model, seen.images)
+    features = _kept(model, stream.features)
+    logits_AV = forced(model, seen.encoded.ids, answer, features)
+    done()
     return Result(
         plain(model, seen.encoded.ids),
         answer,
-        forced(model, seen.encoded.ids, answer, features),
+        logits_AV,
         seen.images[0] if seen.images else None,
         features[0] if features else None,
     )
@@ -170,7 +185,11 @@ def marked(model: Model, ids: Sequence[int]) -> list[int]:
 
 def seen_features(model: Model, images: Sequence[Prepared]) -> list[Tensor]:
     """Raises UserError for what is no number."""
-    return [_finite(model, "image features", each.cpu().clone()) for each in model.features(images)]
+    return _kept(model, model.features(images))
+
+
+def _kept(model: Model, features: Sequence[Tensor]) -> list[Tensor]:
+    return [_finite(model, "image features", each.cpu().clone()) for each in features]
 
 
 def forced(model: Model, ids: Sequence[int], answer: Sequence[int], features: Sequence[Tensor]) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,6 +36,24 @@ VALUES_NAME = f"pumice-values{SUFFIX}"
 """A file of reference values in the model's own folder, which is taken where no reference is named."""
 
 
+Progress = Callable[[str, int, int], None]
+"""Called with which build is under way, how many questions are done, and how many there are."""
+
+
+def _silent(what: str, done: int, total: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class How:
+    """The choices of `verify`, and who hears how far it is."""
+
+    images: Sequence[ImageLike] = ()
+    keep: bool = False
+    dtype: str | None = None
+    device: str | None = None
+    progress: Progress = _silent
+
+
 def verify(
     model: str | Path | Source,
     against: str | Path | Source | None = None,
@@ -52,17 +72,28 @@ def verify(
     The reference is computed and dropped before the model is loaded, so the peak of memory is that of the larger one.
     Raises UserError: what `load` raises; builds of different models; values of other probes; no room for the card.
     """
+    return compare(model, against, How(images, keep, dtype, device))
+
+
+def compare(model: str | Path | Source, against: str | Path | Source | None, how: How) -> Card:
+    """`verify`, which is told how far it is."""
     source = _source(model)
     reference = _source(against) if against is not None else Source(_values_beside(source))
-    if keep:
+    if how.keep:
         check_room(store.resolve(source.name))
     subject = Subject.of(source)
-    asked = probes(images, eyes=subject.tile_px > 0)
-    values = _values(reference, subject, asked, dtype, device)
-    card = _compared(load_from(source, dtype=dtype, device=device), subject, values, asked)
-    if keep:
+    asked = probes(how.images, eyes=subject.tile_px > 0)
+    values = _values(reference, subject, asked, how)
+    told = functools.partial(_told, how, "model", len(asked))
+    told(0)
+    card = _compared(load_from(source, dtype=how.dtype, device=how.device), subject, values, asked, told)
+    if how.keep:
         write_card(store.resolve(source.name), card.to_json())
     return card
+
+
+def _told(how: How, what: str, total: int, done: int) -> None:
+    how.progress(what, done, total)
 
 
 def save_values(
@@ -79,15 +110,21 @@ def save_values(
 
     Raises UserError: what `load` raises, and a file that is there already or cannot be written.
     """
-    source, path = _source(model), Path(path)
+    save(model, Path(path), How(images, dtype=dtype, device=device))
+
+
+def save(model: str | Path | Source, path: Path, how: How) -> None:
+    """`save_values`, which is told how far it is."""
+    source = _source(model)
     if path.suffix != SUFFIX:
         raise UserError(f"{path} does not end in {SUFFIX}", hint=f"name the file values{SUFFIX}")
     if path.exists():
         raise UserError(f"{path} is there already", hint="name a new file, or remove that one")
     if not path.parent.is_dir():
         raise UserError(f"there is no folder {path.parent}", hint="make it first")
-    asked = probes(images, eyes=Subject.of(source).tile_px > 0)
-    measured(source, asked, dtype=dtype, device=device).save(path)
+    asked = probes(how.images, eyes=Subject.of(source).tile_px > 0)
+    told = functools.partial(_told, how, "reference", len(asked))
+    measured(source, asked, dtype=how.dtype, device=how.device, told=told).save(path)
 
 
 def _source(model: str | Path | Source) -> Source:
@@ -105,13 +142,12 @@ def _values_beside(source: Source) -> Path:
     return beside
 
 
-def _values(
-    reference: Source, subject: Subject, asked: Sequence[Probe], dtype: str | None, device: str | None
-) -> Values:
+def _values(reference: Source, subject: Subject, asked: Sequence[Probe], how: How) -> Values:
     path = Path(os.path.expanduser(reference.name))
     if path.suffix != SUFFIX or not os.path.isfile(path):
         subject.check(Subject.of(reference))
-        return measured(reference, asked, dtype=dtype, device=device)
+        told = functools.partial(_told, how, "reference", len(asked))
+        return measured(reference, asked, dtype=how.dtype, device=how.device, told=told)
     values = read_values(path)
     subject.check(values.subject)
     if values.probes != tuple((each.prompt, each.digest) for each in asked):
@@ -122,10 +158,12 @@ def _values(
     return values
 
 
-def _compared(model: Model, subject: Subject, values: Values, asked: Sequence[Probe]) -> Card:
+def _compared(
+    model: Model, subject: Subject, values: Values, asked: Sequence[Probe], told: Callable[[int], None]
+) -> Card:
     pixels, features, language_model, whole = PixelTally(), FeatureTally(), LogitTally(), LogitTally()
     same_prompts = 0
-    for probe, reference in zip(asked, values.results, strict=True):
+    for done, (probe, reference) in enumerate(zip(asked, values.results, strict=True), 1):
         seen = model.see(question(probe))
         own = seen_features(model, seen.images)
         same = plain(model, seen.encoded.ids) == reference.ids
@@ -141,6 +179,7 @@ def _compared(model: Model, subject: Subject, values: Values, asked: Sequence[Pr
         if not same:
             logits_AV = forced(model, seen.encoded.ids, reference.answer, own)
         whole.add(reference.logits_AV, logits_AV, answer_A)
+        told(done)
     pictures = sum(each.image is not None for each in values.results)
     return Card(
         model=subject.build,
