@@ -87,6 +87,20 @@ def test_products_are_near_the_definition(name: str) -> None:
     assert far(y_MN, reference.linear(x_MK, weight.dense(), None)) < 0.02
 
 
+@pytest.mark.parametrize("m", [1, 3, 20])
+def test_heads_of_llama_cpp_are_turned_on_their_way(m: int, instruction_set: str) -> None:
+    draw = torch.Generator().manual_seed(7)
+    for name, columns in (("Q4_0", 64), ("Q6_K", 256)):
+        x_MK, bias_N = torch.randn(m, columns, generator=draw), torch.randn(72, generator=draw)
+        straight = matrix(name, 72, columns)
+        turned = QTensor(straight.data_RB, straight.format, head_width=24)
+        order = torch.tensor([head + 2 * pair + half for head in (0, 24, 48) for half in (0, 1) for pair in range(12)])
+        assert torch.equal(turned.dense(), straight.dense()[order])
+        assert torch.equal(turned.rows(torch.tensor([1, 30])), straight.dense()[order[[1, 30]]])
+        expected_MN = cpu.linears(x_MK, [straight], [None])[0][:, order] + bias_N
+        assert torch.equal(cpu.linears(x_MK, [turned], [bias_N])[0], expected_MN)
+
+
 def test_several_matrices_share_their_input() -> None:
     x_2TD = torch.randn(2, 7, 512, generator=torch.Generator().manual_seed(3))
     weights = [matrix("Q4_K", 40, 512), matrix("Q6_K", 24, 512), matrix("Q4_0", 100, 512)]

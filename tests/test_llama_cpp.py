@@ -97,12 +97,13 @@ def logits(path: Path, ids: torch.Tensor, dense: dict[str, torch.Tensor] | None 
     """Of the last position. `dense` replaces the weights that are read as they stand in the file, heads unturned."""
     network = pumice.load(path, dtype="float32", template="vicuna_v1").network
     if dense is not None:
-        from pumice.checkpoints.gguf import name_of, turned
+        from pumice.checkpoints.gguf import name_of
+        from pumice.quant import heads_turned
 
         text = network.config.text
         for name, weight in dense.items():
             heads = {"attn_q": text.heads, "attn_k": text.kv_heads}.get(name.split(".")[-2])
-            rows = slice(None) if heads is None else turned(heads, text.head_width)
+            rows = slice(None) if heads is None else heads_turned(heads * text.head_width, text.head_width)
             module, _, field = name_of(name).rpartition(".")
             delattr(network.get_submodule(module), field)
             setattr(network.get_submodule(module), field, torch.nn.Parameter(weight[rows], requires_grad=False))

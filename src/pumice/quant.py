@@ -10,7 +10,7 @@ Source: ggml's `dequantize_row_*` (ggml-quants.c).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,16 +60,20 @@ BY_ID = {each.id: each for each in FORMATS.values()}
 @dataclass(frozen=True)
 class QTensor:
     """A matrix in blocks: `data_RB` holds the bytes of each row, (rows, bytes of a row), uint8. `dtype` is the type
-    that is computed with, and that it unpacks to."""
+    that is computed with, and that it unpacks to. Beside a `head_width` the rows of each head stand in llama.cpp's
+    order (see `heads_turned`), and everything that is made of the matrix in Transformers'."""
 
     data_RB: Tensor
     format: Format
     dtype: torch.dtype = torch.float32
+    head_width: int = 0
 
     def __post_init__(self) -> None:
         kind, size = (self.data_RB.dtype, self.data_RB.dim()), self.format.block_bytes
         assert kind == (torch.uint8, 2), f"{kind[1]} dimensions of {kind[0]} are no rows of bytes"
         assert self.data_RB.shape[1] % size == 0, f"rows of {self.data_RB.shape[1]} bytes in blocks of {size}"
+        whole = not self.head_width or len(self.data_RB) % self.head_width == self.head_width % 2 == 0
+        assert whole, f"{len(self.data_RB)} rows are no heads of {self.head_width}"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -86,16 +90,29 @@ class QTensor:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> QTensor:
         """The same blocks on another device, to be computed with in another type."""
-        return QTensor(self.data_RB.to(device), self.format, dtype)
+        return replace(self, data_RB=self.data_RB.to(device), dtype=dtype)
+
+    def in_order(self) -> QTensor:
+        """The matrix with its rows where Transformers has them: itself, or a copy."""
+        if not self.head_width:
+            return self
+        return replace(self, data_RB=self.data_RB[heads_turned(self.shape[0], self.head_width)], head_width=0)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weights as plain numbers, (rows, columns)."""
-        blocks_NB = self.data_RB.reshape(-1, self.format.block_bytes)
+        blocks_NB = self.in_order().data_RB.reshape(-1, self.format.block_bytes)
         return unpack(blocks_NB, self.format).to(dtype or self.dtype).view(self.shape)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Some rows as plain numbers: (*ids.shape, columns)."""
-        return QTensor(self.data_RB[ids.flatten()], self.format, self.dtype).dense().view(*ids.shape, self.shape[1])
+        some = replace(self, data_RB=self.in_order().data_RB[ids.flatten()], head_width=0)
+        return some.dense().view(*ids.shape, self.shape[1])
+
+
+def heads_turned(rows: int, head_width: int) -> Tensor:
+    """Which row of llama.cpp's order stands at each place of Transformers': its rotary embedding turns neighbours
+    (2i, 2i + 1), theirs the two halves (i, i + width / 2)."""
+    return torch.arange(rows).view(-1, head_width // 2, 2).transpose(1, 2).flatten()
 
 
 def unpack(blocks_NB: Tensor, format: Format) -> Tensor:

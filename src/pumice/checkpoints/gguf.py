@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from pumice.checkpoints import gguf_vocab
@@ -25,7 +24,7 @@ from pumice.checkpoints.sidefiles import TOKENIZER_FILES, known_template, usual_
 from pumice.checkpoints.tensors import Entry
 from pumice.config import LlavaConfig, Rotary, TextConfig
 from pumice.errors import UserError
-from pumice.quant import QTensor
+from pumice.quant import QTensor, heads_turned
 from pumice.tokenizer import Tokenizer
 
 ARCHITECTURES = ("llama", "phi3")
@@ -214,7 +213,7 @@ def _entries(file: GgufFile, text: TextConfig) -> Iterator[tuple[str, Entry]]:
         if match is None or phi_3:
             yield name, stored.entry()
         else:
-            yield name, _reordered(stored, text.heads if match[1] == "q" else text.kv_heads, text.head_width)
+            yield name, _turned(stored, text.head_width)
 
 
 def name_of(key: str, in_block: Mapping[str, str] = IN_BLOCK) -> str:
@@ -228,16 +227,13 @@ def name_of(key: str, in_block: Mapping[str, str] = IN_BLOCK) -> str:
     return f"language_model.layers.{match[1]}.{in_block[match[2]]}.{part}"
 
 
-def turned(heads: int, head_width: int) -> Tensor:
-    """Which row of llama.cpp's order stands at each place of Transformers': its rotary embedding turns neighbours
-    (2i, 2i + 1), theirs the two halves (i, i + width / 2)."""
-    rows = torch.arange(heads * head_width).view(heads, head_width // 2, 2)
-    return rows.transpose(1, 2).flatten()
+def _turned(stored: Stored, head_width: int) -> Entry:
+    """The rows of each head in Transformers' order; of a matrix in blocks they stay where they are, and it says so."""
 
-
-def _reordered(stored: Stored, heads: int, head_width: int) -> Entry:
     def load() -> Tensor | QTensor:
-        values, rows = stored.load(), turned(heads, head_width)
-        return QTensor(values.data_RB[rows], values.format) if isinstance(values, QTensor) else values[rows]
+        values = stored.load()
+        if isinstance(values, QTensor):
+            return replace(values, head_width=head_width)
+        return values[heads_turned(len(values), head_width)]
 
     return stored.entry(load)

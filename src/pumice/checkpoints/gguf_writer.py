@@ -9,20 +9,22 @@ import functools
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pumice.checkpoints.form import Checkpoint
-from pumice.checkpoints.gguf import IN_BLOCK, LLAMA_3, LONG_ROPE, MODEL_KEY, NAMES, turned
+from pumice.checkpoints.gguf import IN_BLOCK, LLAMA_3, LONG_ROPE, MODEL_KEY, NAMES
 from pumice.checkpoints.gguf_file import ToStore, Value
 from pumice.checkpoints.gguf_vocab import names_phi_3
 from pumice.checkpoints.mixes import MIXES, Mix, format_of
 from pumice.checkpoints.recoded import FORMAT_OF, recoded
 from pumice.checkpoints.tensors import Tensors
 from pumice.config import LlavaConfig, Rotary, TextConfig
-from pumice.quant import FORMATS, Format, QTensor
+from pumice.quant import FORMATS, Format, QTensor, heads_turned
 
 EYES = ("vision_tower.", "multi_modal_projector.", "image_newline")
 """How the names of a projector file's tensors begin."""
@@ -93,10 +95,17 @@ def _rotary_tensors(rotary: Rotary) -> list[ToStore]:
 
 def _load(checkpoint: Checkpoint, name: str, format: Format) -> np.ndarray[Any, Any]:
     values, text = checkpoint.tensors.stored(name), checkpoint.config.text
-    if match := re.search(r"\.self_attn\.([qk])_proj\.", name):
-        rows = turned(text.heads if match[1] == "q" else text.kv_heads, text.head_width).argsort()
-        values = QTensor(values.data_RB[rows], values.format) if isinstance(values, QTensor) else values[rows]
+    if re.search(r"\.self_attn\.[qk]_proj\.", name):
+        values = _in_llama_cpp_order(values, text.head_width)
     return recoded(name, values, format)
+
+
+def _in_llama_cpp_order(values: Tensor | QTensor, head_width: int) -> Tensor | QTensor:
+    if isinstance(values, Tensor):
+        return values[heads_turned(len(values), head_width).argsort()]
+    if values.head_width:
+        return replace(values, head_width=0)
+    return replace(values, data_RB=values.data_RB[heads_turned(values.shape[0], head_width).argsort()])
 
 
 def lm_values(config: LlavaConfig, name: str) -> dict[str, Value]:

@@ -26,6 +26,8 @@ def recoded(name: str, values: Tensor | QTensor, format: Format) -> np.ndarray[A
 
     Raises UserError for numbers that the format cannot hold.
     """
+    if isinstance(values, QTensor):
+        values = values.in_order()
     if isinstance(values, QTensor) and values.format == format:
         return values.data_RB.contiguous().numpy()
     if format.dtype is not None and not isinstance(values, QTensor) and values.dtype == format.dtype:

@@ -63,7 +63,8 @@ class Entry:
         def load() -> Tensor | QTensor:
             values = self.load()
             if isinstance(values, QTensor):
-                return QTensor(values.data_RB[start:stop], values.format, values.dtype)
+                assert not values.head_width, "rows of turned heads are no stretch"
+                return replace(values, data_RB=values.data_RB[start:stop])
             return values[start:stop]
 
         count = len(range(self.shape[0])[start:stop])

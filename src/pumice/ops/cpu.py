@@ -33,7 +33,7 @@ def _matrix(weight: QTensor, bias_F: Tensor | None, out_MF: Tensor | None) -> CM
     rows, row_bytes = weight.data_RB.shape
     out = (None, 0) if out_MF is None else (out_MF.data_ptr(), out_MF.shape[1])
     bias = None if bias_F is None else bias_F.data_ptr()
-    return CMatrix(weight.data_RB.data_ptr(), row_bytes, rows, *out, bias, weight.format.id)
+    return CMatrix(weight.data_RB.data_ptr(), row_bytes, rows, *out, bias, weight.format.id, weight.head_width)
 
 
 def _whole(weight: QTensor) -> QTensor:

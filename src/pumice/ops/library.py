@@ -31,6 +31,7 @@ class CMatrix(ctypes.Structure):
         ("out_stride", c_int64),
         ("bias", c_void_p),
         ("format", c_int32),
+        ("head_width", c_int32),
     )
 
 

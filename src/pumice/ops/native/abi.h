@@ -11,15 +11,18 @@ enum Format : int32_t {
     Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K = 10, Q3_K = 11, Q4_K = 12, Q5_K = 13, Q6_K = 14, IQ4_NL = 20,
 };
 
-// A weight matrix in blocks as a GGUF file holds it, (rows, columns), and where its products go: out[m * out_stride + row].
+// A weight matrix in blocks as a GGUF file holds it, (rows, columns), and where its products go: out[m * out_stride + place],
+// where place is the row. Beside a head_width, rows 2i and 2i + 1 of each head go to places i and i + head_width / 2: to
+// where Transformers has what llama.cpp's rotary embedding turns together.
 struct Matrix {
     const uint8_t* data;
     int64_t row_bytes;
     int64_t rows;
     float* out;
     int64_t out_stride;
-    const float* bias;  // one a row, or null
+    const float* bias;  // one a place, or null
     int32_t format;
+    int32_t head_width;
 };
 
 struct Half {

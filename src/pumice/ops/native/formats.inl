@@ -57,3 +57,10 @@ template <Format F> constexpr bool has_offsets = F != Q8_0 && F != IQ4_NL;
 template <Format F> using Scales = std::conditional_t<Traits<F>::whole, WholeScales, FloatScales>;
 
 template <Format F> constexpr int64_t chunk_bytes(int count) { return int64_t(count / Traits<F>::block) * Traits<F>::bytes; }
+
+// Where the products of a row go: see abi.h.
+inline int64_t place_of(const Matrix& w, int64_t row) {
+    if (w.head_width == 0) return row;
+    const int64_t in_head = row % w.head_width;
+    return row - in_head + in_head / 2 + in_head % 2 * (w.head_width / 2);
+}

@@ -12,7 +12,8 @@ constexpr int64_t SPAN = 64;
 template <Format F> void few(const Matrix& w, const Activations& x, int64_t first, int64_t last) {
     for (int64_t row = first; row < last; row++) {
         const uint8_t* b = w.data + row * w.row_bytes;
-        const float bias = w.bias ? w.bias[row] : 0;
+        const int64_t place = place_of(w, row);
+        const float bias = w.bias ? w.bias[place] : 0;
         float sum[4];
         for (int64_t m = 0, rows; m < x.m; m += rows) {
             const int64_t left = x.m - m;
@@ -23,7 +24,7 @@ template <Format F> void few(const Matrix& w, const Activations& x, int64_t firs
                 row_products<F, 2>(b, x, m, sum);
             else
                 row_products<F, 1>(b, x, m, sum);
-            for (int64_t r = 0; r < rows; r++) w.out[(m + r) * w.out_stride + row] = sum[r] + bias;
+            for (int64_t r = 0; r < rows; r++) w.out[(m + r) * w.out_stride + place] = sum[r] + bias;
         }
     }
 }

@@ -47,8 +47,14 @@ template <Format F> void panels(const Matrix& w, const Activations& x, int64_t f
     }
     for (int p = 0; p < count_of_panels; p++) {
         const int64_t start = first + p * PANEL, rows = w.rows - start < PANEL ? w.rows - start : PANEL;
+        int64_t place[PANEL];
+        float bias[PANEL];
+        for (int64_t row = 0; row < rows; row++) {
+            place[row] = place_of(w, start + row);
+            bias[row] = w.bias ? w.bias[place[row]] : 0;
+        }
         for (int64_t m = 0; m < x.m; m++)
             for (int64_t row = 0; row < rows; row++)
-                w.out[m * w.out_stride + start + row] = c[(p * x.m + m) * PANEL + row] + (w.bias ? w.bias[start + row] : 0);
+                w.out[m * w.out_stride + place[row]] = c[(p * x.m + m) * PANEL + row] + bias[row];
     }
 }
