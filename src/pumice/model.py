@@ -19,7 +19,7 @@ from pumice.decoding import StopText
 from pumice.engine import Request, Run, Sampling, Step, position_bytes
 from pumice.errors import UserError, nearest
 from pumice.image import Prepared, prepare
-from pumice.network.layers import Embedding, Linear
+from pumice.network.layers import Embedding, Linear, put_matrix
 from pumice.network.llava import Llava
 from pumice.quant import QTensor
 from pumice.question import Exchange, Images, Prompter, Question, Seen, listed
@@ -409,14 +409,15 @@ def _network(
         path, _, field = name.rpartition(".")
         module = network.get_submodule(path)
         values = tensors.stored(name)
-        if eyes_in_blocks and name.startswith(EYES) and isinstance(module, Linear) and isinstance(values, Tensor):
-            values = values if values.dim() < 2 else ops.eight_bits(values)
         if isinstance(values, QTensor) and isinstance(module, Linear | Embedding):
-            # In blocks it is no parameter: it does not learn, and PyTorch has no type for it.
-            delattr(module, field)
-            setattr(module, field, values.to(device, dtype))
+            put_matrix(module, values.to(device, dtype))
+            continue
+        plain = tensors[name]
+        if eyes_in_blocks and name.startswith(EYES) and isinstance(module, Linear) and ops.fits_eight_bits(plain):
+            put_matrix(module, plain)
+            module.in_eight_bits = True
         else:
-            setattr(module, field, nn.Parameter(tensors[name].to(device, dtype), requires_grad=False))
+            setattr(module, field, nn.Parameter(plain.to(device, dtype), requires_grad=False))
     return network.eval()
 
 

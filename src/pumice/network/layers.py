@@ -8,10 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from pumice import ops
+from pumice.quant import QTensor
 
 
 class Linear(nn.Linear):
     """y = x Wᵀ + b, run by whatever the hardware does best."""
+
+    in_eight_bits = False
+    """Whether the matrix, if it is one of plain numbers, turns into one of eight bits when it is first used."""
 
     def reset_parameters(self) -> None:
         # Drawing on the meta device draws nothing, and imports PyTorch's compiler to do so.
@@ -19,12 +23,25 @@ class Linear(nn.Linear):
             super().reset_parameters()
 
     def forward(self, input: Tensor) -> Tensor:
-        return ops.linear(input, self.weight, self.bias)
+        return ops.linear(input, self.matrix(), self.bias)
+
+    def matrix(self) -> Tensor | QTensor:
+        if self.in_eight_bits:
+            self.in_eight_bits = False
+            put_matrix(self, ops.eight_bits(self.weight))
+        return self.weight
+
+
+def put_matrix(layer: Linear | Embedding, values: Tensor | QTensor) -> None:
+    """In blocks it is no parameter: it does not learn, and PyTorch has no type for it."""
+    del layer.weight
+    matrix = values if isinstance(values, QTensor) else nn.Parameter(values, requires_grad=False)
+    setattr(layer, "weight", matrix)  # noqa: B010  mypy knows it as a parameter
 
 
 def together(x_TD: Tensor, *layers: Linear) -> Sequence[Tensor]:
     """Each layer's output from one input, which is prepared once."""
-    return ops.linears(x_TD, [each.weight for each in layers], [each.bias for each in layers])
+    return ops.linears(x_TD, [each.matrix() for each in layers], [each.bias for each in layers])
 
 
 class Embedding(nn.Embedding):

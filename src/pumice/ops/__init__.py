@@ -29,6 +29,7 @@ __all__ = [
     "attention",
     "eight_bits",
     "embed",
+    "fits_eight_bits",
     "gated_mlp",
     "linear",
     "linears",
@@ -122,10 +123,13 @@ def quantised(weight_RC: Tensor, format: Format) -> QTensor:
     return packing.quantised(weight_RC, format)
 
 
-def eight_bits(weight_FD: Tensor) -> Tensor | QTensor:
-    """The matrix in blocks of eight bits where products with these are faster: on a CPU, with D in whole blocks."""
-    if weight_FD.device.type != "cpu" or weight_FD.shape[1] % FORMATS["Q8_0"].block_weights:
-        return weight_FD
+def fits_eight_bits(weight: Tensor) -> bool:
+    """Whether it is a matrix of which `eight_bits` is the faster form: on a CPU, in whole blocks."""
+    return weight.dim() == 2 and weight.is_cpu and weight.shape[1] % FORMATS["Q8_0"].block_weights == 0
+
+
+def eight_bits(weight_FD: Tensor) -> QTensor:
+    """The matrix in blocks of eight bits."""
     return quantised(weight_FD, FORMATS["Q8_0"])
 
 

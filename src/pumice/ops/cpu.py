@@ -19,6 +19,8 @@ from pumice.quant import FORMATS, Format, QTensor
 KEY_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MOST_POSITIONS = 1024
 """So many positions pass all blocks at once; a longer prompt is read part by part, in memory that does not grow."""
+STRETCH = 2**20
+"""Numbers that are packed at a time, so that they are widened to float32 in the same memory."""
 PACKED = {name for name, each in FORMATS.items() if each.dtype is None and name != "IQ4_NL"}
 """The formats that the kernels write; they read all that are in blocks."""
 
@@ -68,11 +70,14 @@ def quantised(weight_RC: Tensor, format: Format) -> QTensor:
     """`packing.quantised` of finite numbers, with the same bytes."""
     assert format.name in PACKED, f"there is no kernel that writes {format.name}"
     rows, columns = weight_RC.shape
-    numbers_RC = weight_RC.to(torch.float32).contiguous()
-    sizes.plain(numbers_RC)
     data_RB = _room(rows, format.row_bytes(columns), dtype=torch.uint8)
-    blocks, isa, threads = numbers_RC.numel() // format.block_weights, instruction_set(), torch.get_num_threads()
-    library().pumice_pack(isa, format.id, numbers_RC.data_ptr(), blocks, data_RB.data_ptr(), threads)
+    isa, threads = instruction_set(), torch.get_num_threads()
+    step = max(1, STRETCH // max(1, columns))
+    for row in range(0, rows, step):
+        numbers_SC = weight_RC[row : row + step].to(torch.float32).contiguous()
+        sizes.plain(numbers_SC)
+        blocks = numbers_SC.numel() // format.block_weights
+        library().pumice_pack(isa, format.id, numbers_SC.data_ptr(), blocks, data_RB[row:].data_ptr(), threads)
     return QTensor(data_RB, format)
 
 
