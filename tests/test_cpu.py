@@ -170,6 +170,9 @@ def test_attention(type: torch.dtype, instruction_set: str) -> None:
         (1, 4, 4, 1, 1, 16),
         (2, 6, 2, 3, 37, 64),
         (3, 2, 1, 1, 500, 24),
+        (1, 2, 2, 9, 9, 8),
+        (2, 4, 2, 50, 77, 40),
+        (1, 3, 1, 101, 101, 64),
     ):
         q_BHTE = torch.randn(rows, heads, tokens, width, generator=draw) * 3
         k_BKSE, v_BKSE = (torch.randn(rows, shared, positions, width, generator=draw).to(type) for _ in range(2))
@@ -178,6 +181,9 @@ def test_attention(type: torch.dtype, instruction_set: str) -> None:
         for mask in (None, mask_BTS):
             expected = reference.attention(q_BHTE, k_BKSE.float(), v_BKSE.float(), mask, False)
             assert far(cpu.attention(q_BHTE, k_BKSE, v_BKSE, mask), expected) < 2e-6
+        if tokens == positions:
+            expected = reference.attention(q_BHTE, k_BKSE.float(), v_BKSE.float(), None, True)
+            assert far(cpu.attention(q_BHTE, k_BKSE, v_BKSE, None, True), expected) < 2e-6
 
 
 class OneByOne:
@@ -232,7 +238,7 @@ def test_blocks_at_once(type: torch.dtype, window: int, instruction_set: str) ->
     plain = OneByOne(blocks, shape, list(kept[0]), list(kept[1]))
     at_once = Blocks(blocks, shape)
     lengths = torch.tensor([0, 5, 2])
-    for tokens in (2, 1, 2, 1, 1):
+    for tokens in (2, 1, 2, 1, 1, 11):
         x_BTD = torch.randn(rows, tokens, width, generator=draw)
         places_BT = lengths[:, None] + torch.arange(tokens)
         turn = reference.rotary(places_BT, 64, ROTARY)
@@ -245,6 +251,38 @@ def test_blocks_at_once(type: torch.dtype, window: int, instruction_set: str) ->
         for layer in range(len(blocks)):
             joined_RKSE = each[layer][table_RP].transpose(1, 2).flatten(2, 3)
             assert torch.allclose(joined_RKSE.float(), rows_of_it[layer].float(), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("window", [0, 20])
+def test_a_long_row_part_by_part(window: int, instruction_set: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts give what the whole gives, and the last position alone what it gives among all."""
+    draw = torch.Generator().manual_seed(8)
+    shape = BlocksShape(heads=8, kv_heads=4, head_width=32, ffn_width=256, window=window, eps=1e-5)
+    widths = [(256, 256), (128, 256), (128, 256), (256, 256), (256, 256), (256, 256), (256, 256)]
+
+    def block(seed: int) -> BlockWeights:
+        matrices = [matrix("Q5_K", *each, seed=seed + i) for i, each in enumerate(widths)]
+        return BlockWeights(matrices, [None] * 3, [torch.rand(256, generator=draw) for _ in range(2)])
+
+    at_once, tokens = Blocks([block(0), block(10)], shape), 70
+    x_1TD, places_1T = torch.randn(1, tokens, 256, generator=draw), torch.arange(tokens)[None]
+    turn = reference.rotary(places_1T, 32, ROTARY)
+
+    def pages() -> Pages:
+        kept = ([torch.zeros(1, 4, 72, 32) for _ in range(2)] for _ in range(2))
+        return Pages(*kept, torch.zeros(1, 1, dtype=torch.long))
+
+    # Few and many rows go by different code: a sum between two levels may round the other way.
+    near, whole = 0.02, pages()
+    expected_1TD = at_once.run(x_1TD, turn, places_1T, whole)
+    assert far(at_once.run_for_last(x_1TD, turn, places_1T, pages()), expected_1TD[:, -1:]) < near
+    monkeypatch.setattr(cpu, "MOST_POSITIONS", 23)
+    parted = pages()
+    assert far(at_once.run(x_1TD, turn, places_1T, parted), expected_1TD) < near
+    assert far(at_once.run_for_last(x_1TD, turn, places_1T, parted), expected_1TD[:, -1:]) < near
+    for given, expected in ((parted.keys, whole.keys), (parted.values, whole.values)):
+        for given_14SE, expected_14SE in zip(given, expected):
+            assert far(given_14SE, expected_14SE) < near
 
 
 def test_a_named_instruction_set() -> None:

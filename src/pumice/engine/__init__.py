@@ -176,8 +176,8 @@ class Run:
             embedded_1TD = torch.cat((embedded_1TD, new_1TD), dim=1)
         positions_1T = torch.arange(embedded_1TD.shape[1], device=self._device)[None]
         self._cache.aim(slice(place, place + 1), positions_1T, embedded_1TD.shape[1])
-        hidden_1TD = self._model(embedded_1TD, Batch(positions_1T, cache=self._cache))
-        return self._model.logits(hidden_1TD[0, -1])
+        hidden_11D = self._model(embedded_1TD, Batch(positions_1T, cache=self._cache, last_only=True))
+        return self._model.logits(hidden_11D[0, 0])
 
     def _decode(self) -> Tensor:
         lengths = [row.length for row in self._rows]

@@ -39,13 +39,14 @@ class Batch:
 
     positions_BT: position of each new token in its own row. mask_BTS: True where a query may look; without one a
     query sees the tokens before it in this pass (`causal`) or everything. cache: None when nothing is kept (training,
-    plain generation).
+    plain generation). last_only: of a single row, only the last position's hidden state is asked for.
     """
 
     positions_BT: Tensor
     mask_BTS: Tensor | None = None
     causal: bool = True
     cache: KeysValues | None = None
+    last_only: bool = False
 
 
 def windowed(batch: Batch, window: int | None) -> Batch:
@@ -130,16 +131,18 @@ class LanguageModel(nn.Module):
         self.norm = RmsNorm(config.width, config.norm_eps)
 
     def forward(self, x_BTD: Tensor, batch: Batch) -> Tensor:
-        """Hidden states after the final norm, (B, T, D), from embeddings of the same shape."""
+        """Hidden states after the final norm, (B, T, D), from embeddings of the same shape; (1, 1, D) of the last
+        position alone where the batch says so."""
         cos_BTE, sin_BTE = ops.rotary(batch.positions_BT, self.config.head_width, self.config.rotary)
         turn = (cos_BTE.to(x_BTD.dtype), sin_BTE.to(x_BTD.dtype))
         if batch.cache is not None and ops.takes_blocks(x_BTD) and self._at_once is not None:
             # In a cache a query sees its row up to its own position, whatever the mask was made for.
-            return self.norm(self._at_once.run(x_BTD, turn, batch.positions_BT, batch.cache.pages()))
+            run = self._at_once.run_for_last if batch.last_only else self._at_once.run
+            return self.norm(run(x_BTD, turn, batch.positions_BT, batch.cache.pages()))
         batch = windowed(batch, self.config.window)
         for block in self.layers:
             x_BTD = block(x_BTD, turn, batch)
-        return self.norm(x_BTD)
+        return self.norm(x_BTD[:, -1:] if batch.last_only else x_BTD)
 
     @functools.cached_property
     def _at_once(self) -> Blocks | None:

@@ -96,7 +96,7 @@ class Llava(nn.Module):
         return ops.linear(hidden_D, head, None)
 
     def forward(self, x_BTD: Tensor, batch: Batch | None = None) -> Tensor:
-        """Hidden states, (B, T, D), from embeddings; without a batch: whole rows from position 0, nothing kept."""
+        """Hidden states as `LanguageModel` has them; without a batch: whole rows from position 0, nothing kept."""
         if batch is None:
             positions_BT = torch.arange(x_BTD.shape[1], device=x_BTD.device).expand(x_BTD.shape[0], -1)
             batch = Batch(positions_BT)

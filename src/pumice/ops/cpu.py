@@ -6,6 +6,7 @@ B rows · T query positions · S key positions · D, F widths · H heads · K ke
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -262,6 +263,17 @@ class Blocks:
         turn: cosines and sines, (B, T, E). positions_BT: where each new position stands in its row, and how far back
         it sees: all positions before it, within the model's window.
         """
+        return torch.cat(self._parts(x_BTD, turn, positions_BT, pages, last_only=False), dim=1)
+
+    def run_for_last(self, x_1TD: Tensor, turn: tuple[Tensor, Tensor], positions_1T: Tensor, pages: Pages) -> Tensor:
+        """`run` of one row, for the hidden state of its last position alone, (1, 1, D): the last block computes keys
+        and values of the others and no more."""
+        assert len(x_1TD) == 1, f"{len(x_1TD)} rows, of which the last positions are asked for"
+        return self._parts(x_1TD, turn, positions_1T, pages, last_only=True)[-1]
+
+    def _parts(
+        self, x_BTD: Tensor, turn: tuple[Tensor, Tensor], positions_BT: Tensor, pages: Pages, *, last_only: bool
+    ) -> list[Tensor]:
         sizes.passed(x_BTD, turn, self._width, self.shape.head_width)
         sizes.pages([*pages.keys, *pages.values], (self.shape.kv_heads, self.shape.head_width))
         for block, keys, values in zip(self._blocks, pages.keys, pages.values, strict=True):
@@ -269,15 +281,18 @@ class Blocks:
         rows, tokens, _ = x_BTD.shape
         places_BT = positions_BT.expand(rows, tokens)
         sizes.places(pages.table_RP, places_BT, pages.keys[0])
-        parts = -(-rows * tokens // MOST_POSITIONS)
-        out_BTD = torch.empty_like(x_BTD, memory_format=torch.contiguous_format)
-        for part in torch.arange(tokens, device="cpu").tensor_split(min(parts, tokens)):
-            here = slice(int(part[0]), int(part[-1]) + 1)
-            turn_BTE = [each.expand(rows, tokens, -1)[:, here].contiguous() for each in turn]
-            out_BTD[:, here] = self._run_part(x_BTD[:, here], turn_BTE, places_BT[:, here].contiguous(), pages)
-        return out_BTD
+        turn_BTE = [each.expand(rows, tokens, -1) for each in turn]
+        count = min(tokens, -(-rows * tokens // MOST_POSITIONS))
+        ends = [tokens * part // count for part in range(count + 1)]
+        outs = []
+        for start, end in itertools.pairwise(ends):
+            kept = end - start if not last_only else int(end == tokens)
+            turned = [each[:, start:end].contiguous() for each in turn_BTE]
+            out_BTD = self._part(x_BTD[:, start:end], turned, places_BT[:, start:end].contiguous(), pages, kept)
+            outs.append(out_BTD[:, end - start - kept :])
+        return outs
 
-    def _run_part(self, x_BTD: Tensor, turn_BTE: Sequence[Tensor], places_BT: Tensor, pages: Pages) -> Tensor:
+    def _part(self, x_BTD: Tensor, turn_BTE: Sequence[Tensor], places_BT: Tensor, pages: Pages, kept: int) -> Tensor:
         x_BTD, table_RP = x_BTD.clone(memory_format=torch.contiguous_format), pages.table_RP.contiguous()
         rows, tokens, width = x_BTD.shape
         shape, isa, threads = self.shape, instruction_set(), torch.get_num_threads()
@@ -289,6 +304,7 @@ class Blocks:
                 _pages(pages.keys[0], pages.values[0], table_RP),
                 rows,
                 tokens,
+                kept,
                 shape.heads,
                 shape.kv_heads,
                 shape.head_width,

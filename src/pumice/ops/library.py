@@ -88,6 +88,7 @@ class CPass(ctypes.Structure):
         ("pages", CPages),
         ("rows", c_int64),
         ("tokens", c_int64),
+        ("kept", c_int64),
         ("heads", c_int64),
         ("kv_heads", c_int64),
         ("head_width", c_int64),

@@ -64,13 +64,14 @@ struct Block {
 };
 
 // What all blocks of one pass share. x: rows x tokens x width, replaced by the result; cosine and sine: rows x tokens x
-// head_width; places: where each new position stands in its row.
+// head_width; places: where each new position stands in its row. The last block gives a result only for the last `kept`
+// tokens: all of them, or, of a single row, fewer, since what nobody asks for need only leave keys and values.
 struct Pass {
     float* x;
     const float *cosine, *sine;
     const int64_t* places;
     Pages pages;  // of the first block; keys and values are each block's own
-    int64_t rows, tokens, heads, kv_heads, head_width, width, ffn_width, window;
+    int64_t rows, tokens, kept, heads, kv_heads, head_width, width, ffn_width, window;
     float eps;
 };
 

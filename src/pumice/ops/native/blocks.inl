@@ -77,21 +77,35 @@ inline Matrix into(Matrix w, float* out) {
     return w;
 }
 
-inline void blocks(const Block* first, int count, const Pass& p, int threads, uint8_t* memory) {
-    const Room room(p, threads);
-    float* f = (float*)memory;
-    float *normed = f + room.normed, *q = f + room.q, *k = f + room.k, *v = f + room.v, *mixed = f + room.mixed;
-    float *gate = f + room.gate, *up = f + room.up;
-    uint8_t* rest = memory + room.rest * 4;
-    const int64_t m = room.m;
+// What a block works with; of a single row's last block it becomes less on the way.
+struct Turn {
+    float *x, *normed;
+    const float *cosine, *sine;
+    Attention attention;
+
+    int64_t m() const { return attention.rows * attention.tokens; }
+
+    // All but the last `kept` tokens of the single row leave.
+    void keep_last(int64_t kept, const Pass& p) {
+        const int64_t gone = attention.tokens - kept;
+        x += gone * p.width;
+        normed += gone * p.width;
+        cosine += gone * p.head_width;
+        sine += gone * p.head_width;
+        attention.places += gone;
+        attention.tokens = kept;
+    }
+};
+
+inline Attention attention_of(const Pass& p, const float* q, float* out) {
     Attention a = {};
     a.q = q;
-    a.q_row_stride = p.tokens * room.inner;
+    a.q_row_stride = p.tokens * p.heads * p.head_width;
     a.q_head_stride = p.head_width;
-    a.q_token_stride = room.inner;
+    a.q_token_stride = p.heads * p.head_width;
     a.pages = p.pages;
     a.places = p.places;
-    a.out = mixed;
+    a.out = out;
     a.rows = p.rows;
     a.tokens = p.tokens;
     a.heads = p.heads;
@@ -99,26 +113,46 @@ inline void blocks(const Block* first, int count, const Pass& p, int threads, ui
     a.head_width = p.head_width;
     a.positions = furthest(p);
     a.window = p.window;
+    return a;
+}
+
+// Queries, keys and values of a block; keys and values go to their pages. Only the last `kept` tokens go on.
+inline void project(const Block& block, const Pass& p, const Room& room, int64_t kept, int threads, float* f, Turn& turn) {
+    uint8_t* rest = (uint8_t*)(f + room.rest);
+    float *q = f + room.q, *k = f + room.k, *v = f + room.v;
+    const Matrix all[3] = {into(block.k, k), into(block.v, v), into(block.q, q)};
+    const bool fewer = kept < p.tokens;
+    matmul(all, fewer ? 2 : 3, turn.normed, p.width, turn.m(), p.width, threads, rest);
+    rotate(k, turn.cosine, turn.sine, turn.m(), p.kv_heads, p.head_width, k, threads);
+    keep(block.keys, p, k, threads);
+    keep(block.values, p, v, threads);
+    if (fewer) turn.keep_last(kept, p);
+    if (fewer && kept > 0) matmul(all + 2, 1, turn.normed, p.width, turn.m(), p.width, threads, rest);
+    rotate(q, turn.cosine, turn.sine, turn.m(), p.heads, p.head_width, q, threads);
+}
+
+inline void blocks(const Block* first, int count, const Pass& p, int threads, uint8_t* memory) {
+    const Room room(p, threads);
+    float *f = (float*)memory, *mixed = f + room.mixed, *gate = f + room.gate, *up = f + room.up;
+    uint8_t* rest = (uint8_t*)(f + room.rest);
+    Turn turn = {p.x, f + room.normed, p.cosine, p.sine, attention_of(p, f + room.q, mixed)};
     for (const Block* block = first; block < first + count; block++) {
-        rms_norm(p.x, p.width, block->input_norm, p.eps, m, p.width, normed, threads);
-        const Matrix projections[3] = {into(block->q, q), into(block->k, k), into(block->v, v)};
-        matmul(projections, 3, normed, p.width, m, p.width, threads, rest);
-        rotate(q, p.cosine, p.sine, m, p.heads, p.head_width, q, threads);
-        rotate(k, p.cosine, p.sine, m, p.kv_heads, p.head_width, k, threads);
-        keep(block->keys, p, k, threads);
-        keep(block->values, p, v, threads);
-        a.pages.keys = block->keys;
-        a.pages.values = block->values;
-        attention(a, threads, f + room.scores);
-        const Matrix o = into(block->o, normed);
+        rms_norm(turn.x, p.width, block->input_norm, p.eps, turn.m(), p.width, turn.normed, threads);
+        project(*block, p, room, block == first + count - 1 ? p.kept : p.tokens, threads, f, turn);
+        const int64_t m = turn.m();
+        if (m == 0) return;
+        turn.attention.pages.keys = block->keys;
+        turn.attention.pages.values = block->values;
+        attention(turn.attention, threads, f + room.scores);
+        const Matrix o = into(block->o, turn.normed);
         matmul(&o, 1, mixed, room.inner, m, room.inner, threads, rest);
-        add_to(p.x, normed, m, p.width, threads);
-        rms_norm(p.x, p.width, block->mlp_norm, p.eps, m, p.width, normed, threads);
+        add_to(turn.x, turn.normed, m, p.width, threads);
+        rms_norm(turn.x, p.width, block->mlp_norm, p.eps, m, p.width, turn.normed, threads);
         const Matrix gate_up[2] = {into(block->gate, gate), into(block->up, up)};
-        matmul(gate_up, 2, normed, p.width, m, p.width, threads, rest);
+        matmul(gate_up, 2, turn.normed, p.width, m, p.width, threads, rest);
         gated(gate, up, 1, m * p.ffn_width, gate, threads);
-        const Matrix down = into(block->down, normed);
+        const Matrix down = into(block->down, turn.normed);
         matmul(&down, 1, gate, p.ffn_width, m, p.ffn_width, threads, rest);
-        add_to(p.x, normed, m, p.width, threads);
+        add_to(turn.x, turn.normed, m, p.width, threads);
     }
 }
