@@ -54,6 +54,8 @@ ROWS = {
     ("image-1.5", "first_s"): "first token of a picture, LLaVA 1.5, s",
     ("image-1.6", "first_s"): "first token of a picture of five tiles, LLaVA 1.6, s",
     ("start", "start_s"): "a process from its start to the first token of a short text, s",
+    ("start", "import_s"): "of which the import of PyTorch, s",
+    ("start", "peak_bytes"): "peak memory with a short text, GB",
     ("image-1.5", "load_s"): "load, s",
     ("image-1.5", "peak_bytes"): "peak memory with a picture, LLaVA 1.5, GB",
     ("image-1.6", "peak_bytes"): "peak memory with a picture, LLaVA 1.6, GB",

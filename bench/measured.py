@@ -52,9 +52,6 @@ def pumice(phase: str, model_path: str, eyes_path: str, picture: str) -> dict[st
         passed = seconds(lambda: [run.step() for _ in range(DECODED_TOKENS)])
         return figures | {"tokens_per_s": DECODED_TOKENS / passed}
     once = Sampling(max_tokens=1)
-    if phase == "start":
-        model.ask(QUESTION, sampling=once)
-        return figures
     figures["first_s"] = seconds(lambda: model.ask(QUESTION, picture, sampling=once))
     if phase == "image-1.5":
         from pumice.image import prepare

@@ -68,6 +68,8 @@ def figures(peer: str, phase: str, job: Job) -> Figures:
     """What a peer reaches in a phase; empty where it has no such phase."""
     family = phase.partition("-")[2] if phase.startswith("image") else "1.5"
     match peer:
+        case "pumice" if phase == "start":
+            return _pumice_start(job)
         case "pumice":
             files = [str(job.model), str(job.eyes[family]), str(job.pictures[family])]
             return _child(["pumice", phase, *files], phase, job)
@@ -79,6 +81,16 @@ def figures(peer: str, phase: str, job: Job) -> Figures:
             lm_only = phase.startswith("prefill") or phase == "decode"
             return _child([peer, phase, str(job.openvino)], phase, job) if lm_only else {}
     raise ValueError(peer)
+
+
+def _pumice_start(job: Job) -> Figures:
+    """The command line, and of its time what the import of PyTorch takes, measured in a process of its own."""
+    timed = "import time; started = time.perf_counter(); import torch; print(time.perf_counter() - started)"
+    imported = _run([sys.executable, "-c", timed], job.threads)
+    files = [str(job.model), "--with", str(job.eyes["1.5"])]
+    asked = [QUESTION, "--template", "plain", "--max-tokens", "1"]
+    done = _run([sys.executable, "-m", "pumice", "run", *files, *asked], job.threads)
+    return _whole(done, "start") | {"import_s": float(imported.out)}
 
 
 def _child(arguments: list[str], phase: str, job: Job) -> Figures:
