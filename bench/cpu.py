@@ -56,6 +56,8 @@ ROWS = {
     ("start", "start_s"): "a process from its start to the first token of a short text, s",
     ("start", "import_s"): "of which the import of PyTorch, s",
     ("start", "peak_bytes"): "peak memory with a short text, GB",
+    ("features", "off"): "image features, 1 - least cosine against float32",
+    ("features", "off_outliers"): "the same where 4 channels of each norm are 20 times greater",
     ("image-1.5", "load_s"): "load, s",
     ("image-1.5", "peak_bytes"): "peak memory with a picture, LLaVA 1.5, GB",
     ("image-1.6", "peak_bytes"): "peak memory with a picture, LLaVA 1.6, GB",
@@ -99,7 +101,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES)
     parser.add_argument("--peers", nargs="+", help="of pumice, 'llama.cpp', 'llama.cpp best', transformers, openvino")
     parser.add_argument("--llama-cpp", type=Path, help="folder of llama.cpp's programs")
-    parser.add_argument("--openvino", type=Path, help="folder of a language model of this shape, made for OpenVINO")
+    parser.add_argument(
+        "--openvino", type=Path, help="a language model of this shape: a folder made for OpenVINO, or a GGUF file"
+    )
     parser.add_argument("--models", type=Path, default=HERE / "models", help="where the random files are kept")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-PHASES = ("prefill-576", "prefill-2880", "decode", "image-1.5", "image-1.6", "start")
+PHASES = ("prefill-576", "prefill-2880", "decode", "image-1.5", "image-1.6", "start", "features")
 QUESTION = "What is it?"
 DECODED_TOKENS = 32
 LONG_TOKENS = 1000
@@ -70,6 +70,8 @@ def figures(peer: str, phase: str, job: Job) -> Figures:
     match peer:
         case "pumice" if phase == "start":
             return _pumice_start(job)
+        case _ if phase == "features" and peer != "pumice":
+            return {}
         case "pumice":
             files = [str(job.model), str(job.eyes[family]), str(job.pictures[family])]
             return _child(["pumice", phase, *files], phase, job)

@@ -80,6 +80,19 @@ def test_products_are_those_of_the_rounded_activations(name: str, instruction_se
 
 
 @pytest.mark.parametrize("name", BLOCKS)
+def test_any_bytes_are_blocks(name: str, instruction_set: str) -> None:
+    """A file may hold anything: scales that are no number or have no end spoil their row, and no other."""
+    draw, format = torch.Generator().manual_seed(9), FORMATS[name]
+    data_RB = torch.randint(0, 256, (600, format.row_bytes(512)), dtype=torch.uint8, generator=draw)
+    weight = QTensor(data_RB, format)
+    whole_N = weight.dense().isfinite().all(1)
+    assert 100 < whole_N.sum() < 600
+    for m in (1, 3, 12):
+        (y_MN,) = cpu.linears(torch.randn(m, 512, generator=draw), [weight], [None])
+        assert torch.equal(y_MN.isfinite(), whole_N.expand(m, -1))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
 def test_products_are_near_the_definition(name: str) -> None:
     """Rounding activations costs a known part of a percent (docs/kernels.md)."""
     weight, x_MK = matrix(name, 64, 1024), torch.randn(16, 1024, generator=torch.Generator().manual_seed(2))
