@@ -72,7 +72,7 @@ def pumice(phase: str, model_path: str, eyes_path: str, picture: str) -> dict[st
 
 def features(model_path: str, eyes_path: str, picture: str) -> dict[str, float]:
     """How far the features of the eyes, as they run beside a quantised model, are from those in float32: one less the
-    least cosine of a position. Once with the random tower, once with channels that stand out as a trained one has them."""
+    least cosine of a position. Of the random tower, and of one where channels stand out as in a trained one."""
     return {
         "off": _off(model_path, eyes_path, picture, 1.0),
         "off_outliers": _off(model_path, eyes_path, picture, OUTLIER),
