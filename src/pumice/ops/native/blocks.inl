@@ -39,16 +39,31 @@ inline int64_t furthest(const Pass& p) {
     return most;
 }
 
+inline Attention attention_of(const Pass& p, const float* q, float* out) {
+    Attention a = {};
+    a.q = q;
+    a.q_row_stride = p.tokens * p.heads * p.head_width;
+    a.q_head_stride = p.head_width;
+    a.q_token_stride = p.heads * p.head_width;
+    a.pages = p.pages;
+    a.places = p.places;
+    a.out = out;
+    a.rows = p.rows;
+    a.tokens = p.tokens;
+    a.heads = p.heads;
+    a.kv_heads = p.kv_heads;
+    a.head_width = p.head_width;
+    a.positions = furthest(p);
+    a.window = p.window;
+    return a;
+}
+
 // The memory of one pass, in floats but for the last part.
 struct Room {
     int64_t m, inner, shared, widest;
     int64_t normed, q, k, v, mixed, gate, up, scores, rest;
 
     Room(const Pass& p, int threads) {
-        Attention attention = {};
-        attention.tokens = p.tokens;
-        attention.head_width = p.head_width;
-        attention.positions = furthest(p);
         m = p.rows * p.tokens;
         inner = p.heads * p.head_width;
         shared = p.kv_heads * p.head_width;
@@ -62,7 +77,12 @@ struct Room {
         gate = mixed + m * inner;
         up = gate + m * p.ffn_width;
         scores = up + m * p.ffn_width;
-        rest = scores + attention_floats(attention, threads);
+        // The last block may have fewer tokens than the others.
+        Attention attention = attention_of(p, nullptr, nullptr);
+        const int64_t most = attention_floats(attention, threads);
+        attention.tokens = p.kept;
+        const int64_t last = attention_floats(attention, threads);
+        rest = scores + (last > most ? last : most);
     }
 };
 
@@ -96,25 +116,6 @@ struct Turn {
         attention.tokens = kept;
     }
 };
-
-inline Attention attention_of(const Pass& p, const float* q, float* out) {
-    Attention a = {};
-    a.q = q;
-    a.q_row_stride = p.tokens * p.heads * p.head_width;
-    a.q_head_stride = p.head_width;
-    a.q_token_stride = p.heads * p.head_width;
-    a.pages = p.pages;
-    a.places = p.places;
-    a.out = out;
-    a.rows = p.rows;
-    a.tokens = p.tokens;
-    a.heads = p.heads;
-    a.kv_heads = p.kv_heads;
-    a.head_width = p.head_width;
-    a.positions = furthest(p);
-    a.window = p.window;
-    return a;
-}
 
 // Queries, keys and values of a block; keys and values go to their pages. Only the last `kept` tokens go on.
 inline void project(const Block& block, const Pass& p, const Room& room, int64_t kept, int threads, float* f, Turn& turn) {
