@@ -302,14 +302,14 @@ def test_the_last_position_of_a_long_row(instruction_set: str) -> None:
     """Alone it needs memory for all positions, which the many before it did not."""
     draw, shape = torch.Generator().manual_seed(10), BlocksShape(2, 1, 16, 32, window=0, eps=1e-5)
     widths = [(32, 32), (16, 32), (16, 32), (32, 32), (32, 32), (32, 32), (32, 32)]
-    matrices = [matrix("Q8_0", *each, seed=i) for i, each in enumerate(widths)]
+    matrices = [matrix("Q4_1", *each, seed=i) for i, each in enumerate(widths)]
     at_once = Blocks([BlockWeights(matrices, [None] * 3, [torch.rand(32, generator=draw) for _ in range(2)])], shape)
     kept = ([torch.randn(1, 1, 20000, 16, generator=draw)] for _ in range(2))
     pages = Pages(*kept, torch.zeros(1, 1, dtype=torch.long))
     x_1TD, places_1T = torch.randn(1, 12, 32, generator=draw), torch.arange(19988, 20000)[None]
     turn = reference.rotary(places_1T, 16, ROTARY)
     expected_1TD = at_once.run(x_1TD, turn, places_1T, pages)
-    assert far(at_once.run_for_last(x_1TD, turn, places_1T, pages), expected_1TD[:, -1:]) < 0.02
+    assert far(at_once.run_for_last(x_1TD, turn, places_1T, pages), expected_1TD[:, -1:]) < 0.05
 
 
 def test_a_named_instruction_set() -> None:
