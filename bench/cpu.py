@@ -160,7 +160,9 @@ def _bounds(job: Job, measured: Sequence[Limits]) -> dict[tuple[str, str], dict[
     found: dict[tuple[str, str], dict[str, float]] = {
         ("decode", "tokens_per_s"): {"read": middle["read"] / read_bytes(shape, mix)},
         ("image-1.5", "encode_s"): {
-            name: tile_ops(shape.vision, shape.text.width) / middle[name] for name in ("int8", "fp32") if middle[name]
+            name: tile_ops(shape.vision, shape.text.width) / middle[name]
+            for name in ("int8", "wide", "fp32")
+            if middle[name]
         },
     }
     for tokens in (576, 2880):

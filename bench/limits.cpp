@@ -4,6 +4,7 @@
 // int8:   products of two bytes summed in 32 bits.
 // narrow: products of a byte and a value of four bits, summed in 16 bits as long as they fit; the same as int8 where
 //         the processor has an instruction for whole dot products (VNNI).
+// wide:   products of two words of 16 bits summed in 32 bits.
 
 #include <algorithm>
 #include <chrono>
@@ -119,6 +120,19 @@ double narrow_work() {
 #endif
 }
 
+double wide_work() {
+#if defined(__AVX2__)
+    __m256i sums[CHAINS] = {}, a = {}, b = {};
+    use(b);
+    for (int64_t i = 0; i < ROUNDS; ++i)
+        for (int c = 0; c < CHAINS; ++c) { use(a); sums[c] = _mm256_add_epi32(sums[c], _mm256_madd_epi16(a, b)); }
+    for (auto &sum : sums) use(sum);
+    return 2.0 * 16 * CHAINS * ROUNDS;
+#else
+    return 0;
+#endif
+}
+
 double per_s(int threads, double (*work)()) {
     double done = 0;
     double seconds = best_s(5, [&] {
@@ -135,5 +149,6 @@ int main(int, char **argv) {
     std::printf("{\"read\": %.6g, ", read_bytes_per_s(threads, std::strtoull(argv[2], nullptr, 10)));
     std::printf("\"fp32\": %.6g, ", per_s(threads, float_work));
     std::printf("\"int8\": %.6g, ", per_s(threads, int8_work));
-    std::printf("\"narrow\": %.6g}\n", per_s(threads, narrow_work));
+    std::printf("\"narrow\": %.6g, ", per_s(threads, narrow_work));
+    std::printf("\"wide\": %.6g}\n", per_s(threads, wide_work));
 }

@@ -15,6 +15,7 @@ MEANING = {
     "fp32": "float32 multiply-adds, Gop/s",
     "int8": "byte products summed in 32 bits, Gop/s",
     "narrow": "four-bit by byte products summed in 16 bits, Gop/s",
+    "wide": "products of 16-bit words summed in 32 bits, Gop/s",
 }
 
 
@@ -26,6 +27,7 @@ class Limits:
     fp32: float
     int8: float
     narrow: float
+    wide: float
 
 
 def build(folder: Path) -> Path | None:
