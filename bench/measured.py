@@ -19,6 +19,8 @@ REPEATS = 3
 DECODED_TOKENS = 32
 WARM_UP_TOKENS = 16
 QUESTION = "What is it?"
+NO_SYSTEM = ""
+"""llama.cpp's template of Vicuna has no words before the question."""
 LEAST_VOCAB = 512
 """Every shape has so many tokens."""
 OUTLIER, OUTLIER_CHANNELS = 20.0, 4
@@ -58,7 +60,7 @@ def pumice(phase: str, model_path: str, eyes_path: str, picture: str) -> dict[st
         passed = seconds(lambda: [run.step() for _ in range(DECODED_TOKENS)])
         return figures | {"tokens_per_s": DECODED_TOKENS / passed}
     once = Sampling(max_tokens=1)
-    figures["first_s"] = seconds(lambda: model.ask(QUESTION, picture, sampling=once))
+    figures["first_s"] = seconds(lambda: model.ask(QUESTION, picture, system=NO_SYSTEM, sampling=once))
     if phase == "image-1.5":
         from pumice.image import prepare
 
