@@ -152,7 +152,7 @@ inline __attribute__((always_inline)) void wide_products(const uint8_t* w, const
 }
 
 // Of a chunk, for each row of activations and each row of weights: the sum of levels times activations, with whole scales.
-// A function of its own: among other code GCC keeps its sums in memory, which costs a third of the speed.
+// A function of its own: among other code GCC keeps its sums in memory, which costs much of the speed.
 template <Format F, int MR> __attribute__((noinline)) void totals(const PanelChunk<F>& w, const int8_t* x, int32_t* out) {
     constexpr int sub = Traits<F>::sub, fit = sums_that_fit<Traits<F>::bits>, run = fit < sub / 4 ? fit : sub / 4;
     __m256i total[MR][2];
