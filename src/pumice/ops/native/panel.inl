@@ -20,6 +20,8 @@ template <Format F> void fill(PanelChunk<F>& panel, const Matrix& w, int64_t fir
     for (int row = 0; row < PANEL; row++) {
         if (row < rows) {
             const uint8_t* b = w.data + (first + row) * w.row_bytes + chunk * chunk_bytes<F>(CHUNK);
+            // The next chunk comes while the tiles meet this one: no CPU foresees so many rows side by side.
+            for (int at = 0; at < int(chunk_bytes<F>(CHUNK)); at += 64) __builtin_prefetch(b + chunk_bytes<F>(CHUNK) + at, 0, 2);
             read_levels<F>(b, count, q + row * CHUNK);
             read_scales<F>(b, count, s);
         } else {
