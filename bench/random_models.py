@@ -58,12 +58,16 @@ MIXES = {
 """The format of most matrices, of the values and down projections of half of the blocks, and of the head."""
 
 
+FILE_TYPES = {"q4_0": 2, "q8_0": 7, "q4_k_m": 15, "q5_k_m": 17, "q6_k": 18, "f16": 1}
+"""llama.cpp's number of each mix, which OpenVINO asks for."""
+
+
 def files(folder: Path, shape: str, mix: str, *, tiled: bool) -> tuple[Path, Path]:
     """The language model and the projector (LLaVA 1.6's if `tiled`, else 1.5's), made where they are not there yet."""
     model, eyes = folder / f"{shape}-{mix}.gguf", folder / f"{shape}-mmproj-{'1.6' if tiled else '1.5'}.gguf"
     folder.mkdir(parents=True, exist_ok=True)
     if not model.exists():
-        _written(model, _text_keys(SHAPES[shape].text), _text_tensors(SHAPES[shape].text, mix))
+        _written(model, _text_keys(SHAPES[shape].text, mix), _text_tensors(SHAPES[shape].text, mix))
     if not eyes.exists():
         _written(eyes, _eyes_keys(SHAPES[shape].vision, tiled), _eyes_tensors(SHAPES[shape], tiled))
     return model, eyes
@@ -131,7 +135,7 @@ def tensor_bytes(text: TextConfig, mix: str) -> dict[str, int]:
     return {name: stored_bytes(sizes, FORMATS[format]) for name, sizes, format in _text_tensors(text, mix)}
 
 
-def _text_keys(text: TextConfig) -> dict[str, Value]:
+def _text_keys(text: TextConfig, mix: str) -> dict[str, Value]:
     numbers = {
         "context_length": text.max_positions, "embedding_length": text.width, "block_count": text.layers,
         "feed_forward_length": text.ffn_width, "attention.head_count": text.heads,
@@ -145,6 +149,7 @@ def _text_keys(text: TextConfig) -> dict[str, Value]:
     keys |= {f"tokenizer.ggml.{role}_token_id": Value("u32", id) for role, id in roles.items()}
     return keys | {
         "general.quantization_version": Value("u32", 2),
+        "general.file_type": Value("u32", FILE_TYPES[mix]),
         "tokenizer.ggml.model": Value("string", "llama"),
         "tokenizer.ggml.tokens": Value("string", pieces),
         "tokenizer.ggml.scores": Value("f32", [-float(id) for id in range(text.vocab)]),
