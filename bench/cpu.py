@@ -11,6 +11,7 @@ llama-mtmd-cli and llama-completion.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import platform
 import statistics
@@ -55,6 +56,7 @@ ROWS = {
     ("image-1.6", "first_s"): "first token of a picture of five tiles, LLaVA 1.6, s",
     ("start", "start_s"): "a process from its start to the first token of a short text, s",
     ("start", "import_s"): "of which the import of PyTorch, s",
+    ("start", "ready_s"): "from `load` to the first token of a short text, s",
     ("start", "peak_bytes"): "peak memory with a short text, GB",
     ("features", "off"): "image features, 1 - least cosine against float32",
     ("features", "off_outliers"): "the same where 4 channels of each norm are 20 times greater",
@@ -73,7 +75,7 @@ def main() -> None:
     _, eyes_16 = random_models.files(models, chosen.shape, chosen.quant, tiled=True)
     job = Job(
         chosen.shape, model, {"1.5": eyes_15, "1.6": eyes_16}, _pictures(models), chosen.threads, chosen.llama_cpp,
-        chosen.openvino,
+        chosen.openvino or _for_openvino(models, chosen),
     )  # fmt: skip
     names = chosen.peers or peers.peers(job)
     program = limits.build(models)
@@ -102,7 +104,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--peers", nargs="+", help="of pumice, 'llama.cpp', 'llama.cpp best', transformers, openvino")
     parser.add_argument("--llama-cpp", type=Path, help="folder of llama.cpp's programs")
     parser.add_argument(
-        "--openvino", type=Path, help="a language model of this shape: a folder made for OpenVINO, or a GGUF file"
+        "--openvino", type=Path, help="a language model of this shape in OpenVINO's own format, instead of a GGUF file"
     )
     parser.add_argument("--models", type=Path, default=HERE / "models", help="where the random files are kept")
     parser.add_argument("--rounds", type=int, default=3)
@@ -110,6 +112,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--read-bytes", type=int, default=limits.READ_BYTES, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=HERE / "results-cpu.md")
     return parser.parse_args()
+
+
+def _for_openvino(models: Path, chosen: argparse.Namespace) -> Path | None:
+    if importlib.util.find_spec("openvino_genai") is None or "openvino" not in (chosen.peers or ["openvino"]):
+        return None
+    return random_models.with_byte_levels(models, chosen.shape, chosen.quant)
 
 
 def _pictures(folder: Path) -> dict[str, Path]:

@@ -36,6 +36,8 @@ def seconds(work: Callable[[], object]) -> float:
 def pumice(phase: str, model_path: str, eyes_path: str, picture: str) -> dict[str, float]:
     if phase == "features":
         return features(model_path, eyes_path, picture)
+    if phase == "start":
+        return {"ready_s": seconds(lambda: ready(model_path, eyes_path))}
     import pumice
     from pumice.engine import Request, Run, Sampling
 
@@ -70,6 +72,14 @@ def pumice(phase: str, model_path: str, eyes_path: str, picture: str) -> dict[st
             passed = [seconds(lambda: network.encode(pixels, [seen.grid])) for _ in range(REPEATS)]
         figures["encode_s"] = statistics.median(passed)
     return figures
+
+
+def ready(model_path: str, eyes_path: str) -> None:
+    """From a file to the first token of a short text."""
+    import pumice
+
+    model = pumice.load(model_path, beside=eyes_path, template="plain")
+    model.ask(QUESTION, sampling=pumice.Sampling(max_tokens=1))
 
 
 def features(model_path: str, eyes_path: str, picture: str) -> dict[str, float]:

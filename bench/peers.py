@@ -1,7 +1,8 @@
 """The programs beside each other: each figure comes from a process of its own, whose memory the kernel reports.
 
 A figure is a name and a number: `tokens_per_s`; `encode_s` of one tile; `first_s`, from a loaded model to the first
-token; `start_s`, a whole process that answers with one token; `load_s`; `peak_bytes`, with mapped pages of the files.
+token; `start_s`, from a process's start to the first token; of it `import_s`, the import of PyTorch, and
+`ready_s`, from `load` to the first token; `load_s`; `peak_bytes`, with mapped pages of the files.
 """
 
 from __future__ import annotations
@@ -74,35 +75,39 @@ def figures(peer: str, phase: str, job: Job) -> Figures:
             return {}
         case "pumice":
             files = [str(job.model), str(job.eyes[family]), str(job.pictures[family])]
-            return _child(["pumice", phase, *files], phase, job)
+            return _child(["pumice", phase, *files], job)
         case "llama.cpp" | "llama.cpp best":
             return _llama_cpp(phase, family, job, best=peer.endswith("best"))
         case "transformers":
-            return {} if phase in ("image-1.6", "start") else _child([peer, phase, job.shape], phase, job)
+            return {} if phase in ("image-1.6", "start") else _child([peer, phase, job.shape], job)
         case "openvino":
             lm_only = phase.startswith("prefill") or phase == "decode"
-            return _child([peer, phase, str(job.openvino)], phase, job) if lm_only else {}
+            return _child([peer, phase, str(job.openvino)], job) if lm_only else {}
     raise ValueError(peer)
 
 
 def _pumice_start(job: Job) -> Figures:
-    """The command line, and of its time what the import of PyTorch takes, measured in a process of its own."""
+    """The command line, and what its parts take, each measured in a process of its own."""
     timed = "import time; started = time.perf_counter(); import torch; print(time.perf_counter() - started)"
     imported = _run([sys.executable, "-c", timed], job.threads)
-    files = [str(job.model), "--with", str(job.eyes["1.5"])]
+    model, eyes = str(job.model), str(job.eyes["1.5"])
+    parts = _child(["pumice", "start", model, eyes, ""], job) | {"import_s": float(imported.out)}
     asked = [QUESTION, "--template", "plain", "--max-tokens", "1"]
-    done = _run([sys.executable, "-m", "pumice", "run", *files, *asked], job.threads)
-    return _whole(done, "start") | {"import_s": float(imported.out)}
+    return parts | _whole(_run([sys.executable, "-m", "pumice", "run", model, "--with", eyes, *asked], job.threads))
 
 
-def _child(arguments: list[str], phase: str, job: Job) -> Figures:
+def _child(arguments: list[str], job: Job) -> Figures:
     done = _run([sys.executable, str(HERE / "measured.py"), *arguments], job.threads)
     found: Figures = json.loads(done.out.splitlines()[-1])
-    return found | _whole(done, phase)
+    return found | _peak(done)
 
 
-def _whole(done: Done, phase: str) -> Figures:
-    return {"peak_bytes": float(done.peak_bytes)} | ({"start_s": done.seconds} if phase == "start" else {})
+def _peak(done: Done) -> Figures:
+    return {"peak_bytes": float(done.peak_bytes)}
+
+
+def _whole(done: Done) -> Figures:
+    return _peak(done) | {"start_s": done.first_s}
 
 
 def _llama_cpp(phase: str, family: str, job: Job, *, best: bool) -> Figures:
@@ -110,23 +115,21 @@ def _llama_cpp(phase: str, family: str, job: Job, *, best: bool) -> Figures:
     common = ["-m", str(job.model), "-t", str(job.threads)]
     if phase == "start":
         once = ["-p", QUESTION, "-n", "1", "-no-cnv", "--no-warmup", "--no-display-prompt", "--temp", "0"]
-        return (
-            {} if best else _whole(_run([str(job.llama_cpp / "llama-completion"), *common, *once], job.threads), phase)
-        )
+        return {} if best else _whole(_run([str(job.llama_cpp / "llama-completion"), *common, *once], job.threads))
     name = "llama-mtmd-cli" if phase.startswith("image") else "llama-bench"
     command = [str(job.llama_cpp / name), *common, *(BEST_SETTINGS[name] if best else [])]
     if name == "llama-bench":
         tokens = 0 if phase == "decode" else int(phase.partition("-")[2])
         lengths = ["-p", str(tokens), "-n", "0" if tokens else str(DECODED_TOKENS), "-r", "1", "-o", "json"]
         done = _run(command + lengths + (["--no-warmup"] if tokens > LONG_TOKENS else []), job.threads)
-        return {"tokens_per_s": json.loads(done.out)[0]["avg_ts"]} | _whole(done, phase)
+        return {"tokens_per_s": json.loads(done.out)[0]["avg_ts"]} | _peak(done)
     eyes = ["-mm", str(job.eyes[family]), "--image", str(job.pictures[family]), "-c", "4096"]
     asked = ["-p", QUESTION, "--chat-template", "vicuna", "-n", "1", "--temp", "0"]
     done = _run(command + eyes + asked, job.threads)
     minutes, whole, thousandths = map(int, re.search(r"^(\d+)\.(\d+)\.(\d+)\.\d+ W WARN", done.err, re.M).groups())  # type: ignore[union-attr]
     load_s = minutes * 60 + whole + thousandths / 1000
     tiles = [int(each) / 1000 for each in re.findall(r"encoding done in (\d+) ms", done.err)]
-    found = {"load_s": load_s, "first_s": done.first_s - load_s} | _whole(done, phase)
+    found = {"load_s": load_s, "first_s": done.first_s - load_s} | _peak(done)
     return found | ({"encode_s": tiles[0]} if family == "1.5" else {})
 
 

@@ -73,6 +73,16 @@ def files(folder: Path, shape: str, mix: str, *, tiled: bool) -> tuple[Path, Pat
     return model, eyes
 
 
+def with_byte_levels(folder: Path, shape: str, mix: str) -> Path:
+    """The language model with the one kind of vocabulary that OpenVINO reads from a GGUF file, byte-level BPE."""
+    path = folder / f"{shape}-{mix}-bpe.gguf"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        text = SHAPES[shape].text
+        _written(path, _text_keys(text, mix) | _byte_levels(text.vocab), _text_tensors(text, mix))
+    return path
+
+
 def _written(path: Path, keys: dict[str, Value], tensors: Iterator[tuple[str, tuple[int, ...], str]]) -> None:
     random = np.random.default_rng(0)
     to_store = [
@@ -162,6 +172,19 @@ def _vocabulary(rows: int) -> tuple[list[str], list[int]]:
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *map(chr, range(33, 127))]
     kinds = [2, 3, 3, *[6] * 256, *[1] * (rows - 259)]
     return pieces + [f"<word {id}>" for id in range(len(pieces), rows)], kinds
+
+
+def _byte_levels(rows: int) -> dict[str, Value]:
+    """Byte-level BPE: the end, printable characters for bytes, one merge, then words that no text has."""
+    pieces = ["<end>", *map(chr, range(33, 127)), "to"]
+    kinds = [3, *[1] * (rows - 1)]
+    return {f"tokenizer.ggml.{role}_token_id": Value("u32", 0) for role in ("bos", "eos", "unknown")} | {
+        "tokenizer.ggml.model": Value("string", "gpt2"),
+        "tokenizer.ggml.pre": Value("string", "llama-bpe"),
+        "tokenizer.ggml.tokens": Value("string", pieces + [f"<word{id}>" for id in range(len(pieces), rows)]),
+        "tokenizer.ggml.token_type": Value("i32", kinds),
+        "tokenizer.ggml.merges": Value("string", ["t o"]),
+    }
 
 
 # --- projector --------------------------------------------------------------------------------------------------------

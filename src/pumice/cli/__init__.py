@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -78,4 +79,8 @@ def _options(
 def main() -> None:
     """The entry point."""
     prepare_streams()
-    app()
+    try:
+        app()
+    finally:
+        # The interpreter's last collection would walk all that PyTorch made, for half a second.
+        gc.freeze()
