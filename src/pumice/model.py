@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import functools
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pumice import checkpoints, ops, prompt, store
 from pumice.config import LlavaConfig
 from pumice.decoding import StopText
-from pumice.engine import Request, Run, Sampling, Step, position_bytes
+from pumice.engine import Engine, Generation, Request, Sampling, Step
 from pumice.errors import UserError, nearest
 from pumice.image import Prepared, prepare
 from pumice.network.layers import Embedding, Linear, put_matrix
@@ -26,10 +27,8 @@ from pumice.question import Exchange, Images, Prompter, Question, Seen, listed
 from pumice.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ROWS_AT_ONCE = 8
-"""How many questions `ask_all` answers side by side, at most."""
-CACHE_BYTES = 2 * 2**30
-"""What their keys and values may take together when they begin; one question may take more."""
+WAITING = 64
+"""So many questions of `ask_all` are under way at a time: their pixels are in memory."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,8 @@ class Answer:
     finish_reason: Literal["stop", "length"]
     prompt_tokens: int
     """Length of the prompt, image tokens included."""
+    cached_tokens: int
+    """Of these, what was in the cache from earlier questions and was not read again."""
     image_tokens: tuple[int, ...]
     """Tokens of each image."""
     timings: Timings
@@ -114,31 +115,31 @@ class Model(Prompter):
 
         Raises UserError, with the question's number, for the first that is wrong; answers that came before are lost.
         """
+        under_way: deque[_Opened] = deque()
         answers: list[Answer] = []
-        group: list[_Opened] = []
-        for number, question in enumerate(questions, 1):
-            try:
-                opened = self._open(question)
-            except UserError as error:
-                raise UserError(f"question {number}: {error.message}", hint=error.hint) from error
-            if group and not self._fit([*group, opened]):
-                answers += self._answered(group)
-                group = []
-            group.append(opened)
-        return answers + self._answered(group)
+        try:
+            for number, question in enumerate(questions, 1):
+                try:
+                    under_way.append(self._open(question))
+                    under_way[-1].start()
+                except UserError as error:
+                    raise UserError(f"question {number}: {error.message}", hint=error.hint) from error
+                if len(under_way) == WAITING:
+                    answers.append(self._first(under_way))
+            while under_way:
+                answers.append(self._first(under_way))
+        finally:
+            for opened in under_way:
+                opened.cancel()
+        return answers
 
-    def _fit(self, group: Sequence[_Opened]) -> bool:
-        """Can these be answered side by side?"""
-        longest = max(len(each.request.ids) for each in group)
-        return len(group) <= ROWS_AT_ONCE and len(group) * longest * position_bytes(self.network) <= CACHE_BYTES
-
-    def _answered(self, group: Sequence[_Opened]) -> list[Answer]:
-        run = Run(self.network, [each.request for each in group])
-        for step in itertools.chain.from_iterable(iter(run.step, [])):
-            group[step.row].push(step)
-            if group[step.row].stopped:
-                run.cancel(step.row)
-        return [each.answer() for each in group]
+    def _first(self, under_way: deque[_Opened]) -> Answer:
+        """The answer of the first, while the others go on."""
+        while not under_way[0].ended:
+            self.engine.step()
+            for opened in under_way:
+                opened.take()
+        return under_way.popleft().answer()
 
     def generate(self, ids: Sequence[int], images: Images = None, *, sampling: Sampling | None = None) -> list[int]:
         """New token ids after a prompt of ids, in which each image's tokens stand expanded (`see` gives such ids).
@@ -158,24 +159,24 @@ class Model(Prompter):
                 f"the prompt holds {given} image tokens, the {len(seen)} images have {expected}",
                 hint="repeat the image token once for each token of each image, as `see` does",
             )
-        run = Run(self.network, [Request(ids, self.features(seen), sampling)])
-        return [step.token for step in itertools.chain.from_iterable(iter(run.step, []))]
+        generation = self.engine.submit(Request(ids, seen, sampling))
+        return [step.token for step in self.engine.follow(generation)]
+
+    @functools.cached_property
+    def engine(self) -> Engine:
+        """What answers the questions, all that are asked at the same time together."""
+        return Engine(self.network)
 
     def _open(self, question: Question, seen: Seen | None = None) -> _Opened:
         started = time.perf_counter()
         seen = seen or self.see(question)
-        request = Request(seen.encoded.ids, self.features(seen.images), question.sampling)
         stops = (*question.sampling.stop, *([] if question.raw else prompt.TEMPLATES[self.config.template].stop))
-        return _Opened(self.tokenizer, request, seen, stops, time.perf_counter() - started)
+        request = Request(seen.encoded.ids, seen.images, question.sampling)
+        return _Opened(self, request, seen, stops, time.perf_counter() - started)
 
     def features(self, images: Sequence[Prepared]) -> list[torch.Tensor]:
         """What the language model gets of each image: (tokens, width), row ends included."""
-        if not images:
-            return []
-        like = self.network.like
-        with torch.inference_mode():
-            pixels = torch.cat([torch.from_numpy(each.pixels) for each in images]).to(like.device, like.dtype)
-            return self.network.encode(pixels, [each.grid for each in images])
+        return self.engine.features(images)
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[int], features: Sequence[torch.Tensor], last: int) -> torch.Tensor:
@@ -190,19 +191,61 @@ class Model(Prompter):
 
 
 class _Opened:
-    """One question under way: its request, and its answer as far as it has come."""
+    """One question under way: its generation, and its answer as far as it has come."""
 
-    def __init__(
-        self, tokenizer: Tokenizer, request: Request, seen: Seen, stops: Sequence[str], encode_s: float
-    ) -> None:
-        self.request, self.seen, self._encode_s = request, seen, encode_s
-        self._text, self._stops = tokenizer.stream(), StopText(stops)
+    def __init__(self, model: Model, request: Request, seen: Seen, stops: Sequence[str], prepare_s: float) -> None:
+        self.request, self.seen, self._engine, self._prepare_s = request, seen, model.engine, prepare_s
+        self._text, self._stops = model.tokenizer.stream(), StopText(stops)
+        self._generation: Generation | None = None
         self._steps: list[Step] = []
         self._pieces: list[str] = []
         self._held = ""
         self.stopped = False
 
-    def push(self, step: Step) -> str:
+    def start(self) -> None:
+        """From now on the engine works on it."""
+        if self._generation is None:
+            self._generation = self._engine.submit(self.request)
+
+    def cancel(self) -> None:
+        if self._generation is not None:
+            self._engine.cancel(self._generation)
+
+    @property
+    def ended(self) -> bool:
+        """Whether its last token was taken. Raises what it failed with."""
+        generation = self._generation
+        if generation is None or not generation.ended or generation.steps:
+            return False
+        if generation.error is not None:
+            raise generation.error
+        return True
+
+    def pieces(self) -> Iterator[str]:
+        """The answer's text as it comes; begins it where that was not done. One that is not read on is cancelled."""
+        self.start()
+        try:
+            while not self.ended:
+                piece = self.take()
+                if piece:
+                    yield piece
+                else:
+                    self._engine.step()
+        finally:
+            self.cancel()
+
+    def take(self) -> str:
+        """The text that has come since."""
+        assert self._generation is not None, "the question was not started"
+        text = ""
+        while self._generation.steps and not self.stopped:
+            text += self._push(self._generation.steps.popleft())
+        if self.stopped:
+            self.cancel()
+            self._generation.steps.clear()
+        return text
+
+    def _push(self, step: Step) -> str:
         """The text that this token completes; often a word, sometimes nothing yet."""
         self._steps.append(step)
         text = self._text.push(step.token)
@@ -225,7 +268,7 @@ class _Opened:
         return kept
 
     def answer(self) -> Answer:
-        if not self._steps:
+        if not self._steps or self._generation is None:
             raise UserError("there is no answer: its first token never came", hint="the error before says why")
         prefill_s = sum(step.seconds for step in self._steps if step.prefill)
         decode_s = sum(step.seconds for step in self._steps if not step.prefill)
@@ -234,8 +277,14 @@ class _Opened:
             tokens=tuple(step.token for step in self._steps),
             finish_reason="stop" if self.stopped or self._steps[-1].reason == "stop" else "length",
             prompt_tokens=len(self.request.ids),
+            cached_tokens=self._generation.cached_tokens,
             image_tokens=tuple(each.grid.tokens for each in self.seen.images),
-            timings=Timings(self._encode_s, prefill_s, decode_s, sum(not step.prefill for step in self._steps)),
+            timings=Timings(
+                self._prepare_s + self._generation.encode_s,
+                prefill_s,
+                decode_s,
+                sum(not step.prefill for step in self._steps),
+            ),
         )
 
 
@@ -247,7 +296,7 @@ class Stream:
 
     def __init__(self, model: Model, question: Question, seen: Seen | None = None) -> None:
         self._opened = model._open(question, seen)
-        self._pieces = self._run(model)
+        self._pieces = self._run()
 
     def __iter__(self) -> Iterator[str]:
         return self._pieces
@@ -258,19 +307,8 @@ class Stream:
             pass
         return self._opened.answer()
 
-    @property
-    def features(self) -> list[Tensor]:
-        """What the language model gets of each image, as `Model.features` says."""
-        return self._opened.request.features
-
-    def _run(self, model: Model) -> Iterator[str]:
-        run = Run(model.network, [self._opened.request])
-        for step in itertools.chain.from_iterable(iter(run.step, [])):
-            piece = self._opened.push(step)
-            if piece:
-                yield piece
-            if self._opened.stopped:
-                return
+    def _run(self) -> Iterator[str]:
+        return self._opened.pieces()
 
 
 class Chat:
@@ -304,8 +342,8 @@ class ChatStream(Stream):
         self._chat, self._question = chat, question
         super().__init__(model, question)
 
-    def _run(self, model: Model) -> Iterator[str]:
-        yield from super()._run(model)
+    def _run(self) -> Iterator[str]:
+        yield from super()._run()
         new = len(listed(self._question.image))
         images = self._opened.seen.images[-new:] if new else []
         turn = Exchange(self._question.prompt, self._opened.answer().text, tuple(images))

@@ -1,204 +1,352 @@
-"""From prompts to tokens with keys and values kept: a prefill for each row, then one step a token for all rows.
+"""The engine: requests join and leave between steps, and share what their prompts have in common.
 
-B rows · T new positions · S positions so far · K key/value heads · E width of a head · V vocabulary
+B rows · T new positions · P pages of a row · D width · V vocabulary · N pages · K key/value heads · S positions of a
+page · E width of a head
 """
 
 from __future__ import annotations
 
+import bisect
+import itertools
+import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from pumice.engine.cache import Cache, image_names
+from pumice.engine.eyes import Eyes
 from pumice.engine.sampling import Sampler, Sampling
+from pumice.engine.scheduler import Part, Row, Scheduler
+from pumice.errors import UserError
+from pumice.image import Prepared
 from pumice.network.llama import Batch
 from pumice.network.llava import Llava
 from pumice.ops import Pages
 
-__all__ = ["Request", "Run", "Sampling", "Step", "position_bytes"]
+__all__ = ["Engine", "Generation", "Limits", "Request", "Sampling", "Step", "position_bytes"]
 
-GROW_POSITIONS = 256
-"""Room is added in blocks, so that a high limit on new tokens costs no memory before they come."""
+PAGE = 32
+"""Positions of a page."""
+ROOTS = {"short": b"short", "long": b"long"}
+"""Rows that turn by other rotary divisors share nothing."""
 
 Reason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What an engine may take.
+
+    cache_bytes: keys and values, of rows that run and of those that may be asked about again; one row of the model's
+    whole length always fits. feature_bytes: features of images. rows: so many requests run at a time. chunk: so many
+    positions of a prompt are read in a step, while other rows gain tokens; alone_chunk: while none does. tiles: so many
+    tiles of images are encoded in a step, while other rows gain tokens.
+    """
+
+    cache_bytes: int = 2 * 2**30
+    feature_bytes: int = 2**28
+    rows: int = 64
+    chunk: int = 64
+    alone_chunk: int = 1024
+    tiles: int = 1
+    alone_tiles: int = 8
+
+
+@dataclass(frozen=True)
 class Request:
-    """One row: the prompt's ids with image tokens expanded, the features that stand there, how to draw."""
+    """The prompt's ids with image tokens expanded, the images whose features stand there, how to draw."""
 
     ids: list[int]
-    features: list[Tensor]
+    images: list[Prepared]
     sampling: Sampling
 
 
 @dataclass(frozen=True)
 class Step:
-    """One new token of the request `row`. `reason` comes with the row's last token; `seconds` is the time of the pass
-    that made it, which a decode step shares among its rows."""
+    """One new token. `reason` comes with the last; `seconds` is the time of the pass that made it, which a decode step
+    shares among its rows."""
 
-    row: int
     token: int
     reason: Reason | None
     seconds: float
     prefill: bool
 
 
-@dataclass
-class _Row:
-    index: int
+@dataclass(eq=False)
+class Generation:
+    """A request under way, and what has come of it."""
+
     request: Request
+    row: Row
     sampler: Sampler
-    new_ids: list[int] = field(default_factory=list)
+    places: list[int]
+    """Where image tokens stand, in order."""
+    features: dict[str, Tensor] = field(default_factory=dict)
+    """Of images that the prompt's next part needs, by digest."""
+    steps: deque[Step] = field(default_factory=deque)
+    """Those that nobody has taken yet."""
     ended: bool = False
+    error: UserError | None = None
+    encode_s: float = 0.0
+    reading_s: float = 0.0
+    """Of passes that read parts of the prompt, but the last."""
 
     @property
-    def length(self) -> int:
-        """Positions in the cache: the prompt, and each new token but the last."""
-        return len(self.request.ids) + max(0, len(self.new_ids) - 1)
+    def cached_tokens(self) -> int:
+        """Positions of the prompt that were found in the cache."""
+        return min(self.row.cached or 0, len(self.request.ids))
 
+    def shown(self, start: int, end: int) -> list[Prepared]:
+        """Images of which features stand at positions start to end."""
+        first, last = (bisect.bisect_left(self.places, each) for each in (start, end))
+        return [image for image, at, tokens in self._images() if at < last and at + tokens > first]
 
-class RowCache:
-    """Keys and values of several rows, left-aligned, each row of its own length; `network.llama.KeysValues`."""
-
-    def __init__(self, model: Llava, rows: int) -> None:
-        config = model.config.text
-        empty_BKSE = model.like.new_empty(rows, config.kv_heads, 0, config.head_width, dtype=cache_type(model))
-        self.keys, self.values = [empty_BKSE] * config.layers, [empty_BKSE] * config.layers
-        self._rows = slice(0)
-        self._positions_BT = torch.empty(0, 0, dtype=torch.long)
-        self._length = 0
-
-    def aim(self, rows: slice, positions_BT: Tensor, length: int) -> None:
-        """The next pass writes the positions of these rows and reads the first `length` positions. A single row writes
-        the last of these."""
-        self._rows, self._positions_BT, self._length = rows, positions_BT, length
-        self.widen(length)
-
-    def widen(self, length: int) -> None:
-        """Make room for so many positions. Layer after layer, so that one layer at a time is in memory twice."""
-        if length > self.keys[0].shape[2]:
-            room = -(-length // GROW_POSITIONS) * GROW_POSITIONS
-            for cached in (self.keys, self.values):
-                for layer, each in enumerate(cached):
-                    cached[layer] = _widened(each, room)
-
-    def extend(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
-        k_BKSE, v_BKSE = self.keys[layer][self._rows], self.values[layer][self._rows]
-        for cached_BKSE, new_BKTE in ((k_BKSE, k_BKTE), (v_BKSE, v_BKTE)):
-            if len(cached_BKSE) == 1:
-                cached_BKSE[:, :, self._length - new_BKTE.shape[2] : self._length] = new_BKTE
-            else:
-                every_B1 = torch.arange(len(cached_BKSE), device=cached_BKSE.device)[:, None]
-                cached_BKSE[every_B1, :, self._positions_BT] = new_BKTE.transpose(1, 2).to(cached_BKSE.dtype)
-        return k_BKSE[:, :, : self._length], v_BKSE[:, :, : self._length]
-
-    def pages(self) -> Pages:
-        """Each row is one page."""
-        keys, values = ([each[self._rows] for each in layers] for layers in (self.keys, self.values))
-        return Pages(keys, values, torch.arange(len(keys[0]))[:, None])
-
-    def keep(self, places: list[int]) -> None:
-        """Drop all other rows; the kept ones close up."""
-        self.keys = [each[places] for each in self.keys]
-        self.values = [each[places] for each in self.values]
-
-
-def position_bytes(model: Llava) -> int:
-    """What the keys and values of one position take."""
-    config = model.config.text
-    return 2 * config.layers * config.kv_heads * config.head_width * cache_type(model).itemsize
-
-
-def cache_type(model: Llava) -> torch.dtype:
-    """The type of keys and values: that of the network; beside weights in blocks half precision, as llama.cpp has."""
-    return torch.float16 if model.in_blocks else model.like.dtype
-
-
-def _widened(cached_BKSE: Tensor, room: int) -> Tensor:
-    rows, heads, length, width = cached_BKSE.shape
-    wider_BKSE = cached_BKSE.new_zeros(rows, heads, room, width)
-    wider_BKSE[:, :, :length] = cached_BKSE
-    return wider_BKSE
-
-
-class Run:
-    """Several requests answered together; each gets the tokens that it would get alone.
-
-    A row ends with an end token (reason `stop`), or at its `max_tokens` or the model's last position (`length`).
-    """
-
-    def __init__(self, model: Llava, requests: Sequence[Request]) -> None:
-        self._model = model
-        self._device = model.like.device
-        self._cache = RowCache(model, len(requests))
-        self._cache.widen(max((len(each.ids) for each in requests), default=0))
-        self._rows = [
-            _Row(index, request, Sampler(request.sampling, request.ids)) for index, request in enumerate(requests)
+    def features_between(self, start: int, end: int) -> list[Tensor]:
+        """Those features."""
+        first, last = (bisect.bisect_left(self.places, each) for each in (start, end))
+        return [
+            self.features[image.digest][max(0, first - at) : last - at]
+            for image, at, tokens in self._images()
+            if at < last and at + tokens > first
         ]
 
+    def _images(self) -> Iterator[tuple[Prepared, int, int]]:
+        """Each image, which image token is its first, and how many it has."""
+        at = 0
+        for image in self.request.images:
+            yield image, at, image.grid.tokens
+            at += image.grid.tokens
+
+
+class Engine:
+    """Runs the network for many requests at a time; each gets the tokens that it would get alone.
+
+    A request ends with an end token (reason `stop`), or at its `max_tokens` or the model's last position (`length`).
+    Any thread may call it; one step runs at a time.
+    """
+
+    def __init__(self, network: Llava, limits: Limits = Limits(), positions: int | None = None) -> None:
+        """positions: what the cache holds, whatever its bytes are."""
+        self._network, self._limits = network, limits
+        self._device = network.like.device
+        self._eyes = Eyes(network, limits.feature_bytes)
+        config = network.config.text
+        if positions is None:
+            most = max(config.max_positions, limits.cache_bytes // position_bytes(network))
+            positions = min(most, limits.rows * config.max_positions)
+        count = -(-positions // PAGE)
+        self._positions = count * PAGE
+        self._scheduler = Scheduler(Cache(count, PAGE), limits.rows)
+        shape = (count, config.kv_heads, PAGE, config.head_width)
+        # Memory that no page needs is never touched, so on most systems it is never taken.
+        self._keys, self._values = (
+            [torch.empty(shape, dtype=cache_type(network), device=self._device) for _ in range(config.layers)]
+            for _ in range(2)
+        )
+        self._generations: dict[Row, Generation] = {}
+        self._lock = threading.RLock()
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> Generation:
+        """The request waits for its turn. Raises UserError for a prompt that the cache has no room for."""
+        if not self._scheduler.fits(len(request.ids) + 1):
+            raise UserError(
+                f"the prompt is {len(request.ids)} tokens long; the cache has room for {self._positions}",
+                hint="send fewer or smaller images, fewer turns or less text, or give the engine more memory",
+            )
+        image_id = self._network.config.image_token_id
+        places = [place for place, id in enumerate(request.ids) if id == image_id]
+        names = list(request.ids)
+        seen = itertools.chain.from_iterable(image_names(each.digest, each.grid.tokens) for each in request.images)
+        for place, name in zip(places, seen, strict=True):
+            names[place] = name
+        row = Row(names, self._root(len(names)))
+        generation = Generation(request, row, Sampler(request.sampling, request.ids), places)
+        with self._lock:
+            self._generations[row] = generation
+            self._scheduler.add(row)
+        return generation
+
     @torch.inference_mode()
-    def step(self) -> list[Step]:
-        """One pass: the prefill of the next waiting row, or one more token for every row. Empty when all have ended.
+    def features(self, images: Sequence[Prepared]) -> list[Tensor]:
+        """What the language model gets of each image: (tokens, D), row ends included."""
+        with self._lock:
+            found = []
+            for image in images:
+                while (features_XD := self._eyes.features(image)) is None:
+                    self._eyes.look([image], self._limits.alone_tiles)
+                found.append(features_XD)
+            return found
 
-        A row that outgrows the rotary switch is read in again: from there on all its keys turn otherwise.
+    def cancel(self, generation: Generation) -> None:
+        """No more tokens for this request; its pages are free at once."""
+        with self._lock:
+            if not generation.ended:
+                self._end(generation)
+
+    def follow(self, generation: Generation) -> Iterator[Step]:
+        """The steps of a request as they come; runs the engine where nobody else does. Raises what it failed with.
+
+        A request whose steps nobody follows to the end any more is cancelled.
         """
+        try:
+            while True:
+                with self._lock:
+                    if not generation.steps and not generation.ended:
+                        self.step()
+                    steps = [generation.steps.popleft() for _ in range(len(generation.steps))]
+                yield from steps
+                if generation.ended and not generation.steps:
+                    if generation.error is not None:
+                        raise generation.error
+                    return
+        finally:
+            self.cancel(generation)
+
+    @property
+    def pages_held(self) -> int:
+        """Pages of requests under way."""
+        return self._scheduler.cache.held
+
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """One more token for every row that has one, and the next part of a prompt. False: there is nothing to do."""
+        with self._lock:
+            if self._scheduler.idle:
+                return False
+            decoding = self._decode()
+            self._read(decoding)
+            return True
+
+    def _decode(self) -> bool:
+        rows, stuck = self._scheduler.decoding()
+        for row in stuck:
+            self._fail(self._generations[row], UserError(
+                f"with its prompt the answer is {len(row.names)} tokens long, and the cache has no room for more",
+                hint="ask for a shorter answer, or give the engine more memory",
+            ))  # fmt: skip
+        if not rows:
+            return False
         started = time.perf_counter()
-        for place, row in enumerate(self._rows):
-            outgrows = row.length == self._model.config.text.rotary.switch
-            if not row.ended and (outgrows or not row.new_ids):
-                return [self._advance(row, self._prefill(place, row), started, prefill=not row.new_ids)]
-        self._retire()
-        if not self._rows:
-            return []
-        logits_BV = self._decode()
-        return [self._advance(row, logits_V, started, prefill=False) for row, logits_V in zip(self._rows, logits_BV)]
+        ids_B1 = torch.tensor([row.names[-1:] for row in rows], device=self._device)
+        positions_B1 = torch.tensor([[row.done] for row in rows], device=self._device)
+        batch = Batch(positions_B1, pages=self._pages(rows))
+        hidden_B1D = self._network(self._network.language_model.embed_tokens(ids_B1), batch)
+        for row, logits_V in zip(rows, self._network.logits(hidden_B1D[:, 0])):
+            self._scheduler.advance(row, 1)
+            self._draw(self._generations[row], logits_V, started, prefill=False)
+        return True
 
-    def cancel(self, index: int) -> None:
-        """No more tokens for this request, as when a stop text has come."""
-        for row in self._rows:
-            if row.index == index:
-                row.ended = True
+    def _read(self, decoding: bool) -> None:
+        """So much of prompts as a step may read."""
+        budget = self._limits.chunk if decoding else self._limits.alone_chunk
+        while budget > 0 and (part := self._scheduler.reading(budget)):
+            if part.copy is not None:
+                for layer in (*self._keys, *self._values):
+                    layer[part.copy[1]] = layer[part.copy[0]]
+            generation = self._generations[part.row]
+            if not self._looked(generation, part, decoding):
+                return
+            self._read_part(generation, part)
+            budget -= part.count
 
-    def _retire(self) -> None:
-        alive = [place for place, row in enumerate(self._rows) if not row.ended]
-        if len(alive) < len(self._rows):
-            self._cache.keep(alive)
-            self._rows = [self._rows[place] for place in alive]
+    def _looked(self, generation: Generation, part: Part, decoding: bool) -> bool:
+        """Whether the features are there that this part of the prompt needs; the next tiles are encoded if not."""
+        shown = generation.shown(part.row.done, part.row.done + part.count)
+        missing = [each for each in shown if generation.features.get(each.digest) is None]
+        if missing:
+            started = time.perf_counter()
+            self._eyes.look(missing, self._limits.tiles if decoding else self._limits.alone_tiles)
+            generation.encode_s += time.perf_counter() - started
+        found = {each.digest: self._eyes.features(each) for each in missing}
+        generation.features |= {digest: features for digest, features in found.items() if features is not None}
+        return all(each.digest in generation.features for each in shown)
 
-    def _prefill(self, place: int, row: _Row) -> Tensor:
-        embedded_1TD = self._model.embed(torch.tensor([row.request.ids], device=self._device), row.request.features)
-        if row.new_ids:
-            new_1TD = self._model.language_model.embed_tokens(torch.tensor([row.new_ids], device=self._device))
-            embedded_1TD = torch.cat((embedded_1TD, new_1TD), dim=1)
-        positions_1T = torch.arange(embedded_1TD.shape[1], device=self._device)[None]
-        self._cache.aim(slice(place, place + 1), positions_1T, embedded_1TD.shape[1])
-        hidden_11D = self._model(embedded_1TD, Batch(positions_1T, cache=self._cache, last_only=True))
-        return self._model.logits(hidden_11D[0, 0])
+    def _read_part(self, generation: Generation, part: Part) -> None:
+        started = time.perf_counter()
+        row, start, end = part.row, part.row.done, part.row.done + part.count
+        last = end == len(row.names)
+        positions_1T = torch.arange(start, end, device=self._device)[None]
+        reach_1 = torch.tensor([len(row.names) - 1], device=self._device)
+        batch = Batch(positions_1T, pages=self._pages([row]), kept=int(last), reach_B=reach_1)
+        hidden_1KD = self._network(self._embedded(generation, start, end), batch)
+        self._scheduler.advance(row, part.count)
+        if last:
+            generation.features.clear()
+            self._draw(generation, self._network.logits(hidden_1KD[0, -1]), started, prefill=row.new == 0)
+        else:
+            generation.reading_s += time.perf_counter() - started
 
-    def _decode(self) -> Tensor:
-        lengths = [row.length for row in self._rows]
-        ids_B1 = torch.tensor([row.new_ids[-1:] for row in self._rows], device=self._device)
-        positions_B1 = torch.tensor(lengths, device=self._device)[:, None]
-        longest = max(lengths) + 1
-        self._cache.aim(slice(None), positions_B1, longest)
-        mask_B1S = None
-        if min(lengths) != max(lengths):
-            mask_B1S = torch.arange(longest, device=self._device) <= positions_B1[..., None]
-        batch = Batch(positions_B1, mask_B1S, causal=False, cache=self._cache)
-        hidden_B1D = self._model(self._model.language_model.embed_tokens(ids_B1), batch)
-        return self._model.logits(hidden_B1D[:, 0])
+    def _embedded(self, generation: Generation, start: int, end: int) -> Tensor:
+        """What enters the network for positions start to end: (1, T, D)."""
+        ids, prompt = generation.request.ids, len(generation.request.ids)
+        parts = []
+        if start < prompt:
+            features = generation.features_between(start, end)
+            parts.append(self._network.embed(torch.tensor([ids[start:end]], device=self._device), features))
+        if end > prompt:
+            new = torch.tensor([generation.row.names[max(start, prompt) : end]], device=self._device)
+            parts.append(self._network.language_model.embed_tokens(new))
+        return torch.cat(parts, dim=1)
 
-    def _advance(self, row: _Row, logits_V: Tensor, started: float, *, prefill: bool) -> Step:
-        token = row.sampler.draw(logits_V)
-        row.new_ids.append(token)
+    def _draw(self, generation: Generation, logits_V: Tensor, started: float, *, prefill: bool) -> None:
+        row, request, config = generation.row, generation.request, self._network.config
+        try:
+            token = generation.sampler.draw(logits_V)
+        except UserError as error:
+            self._fail(generation, error)
+            return
+        row.push(token)
         reason: Reason | None = None
-        if token in self._model.config.stop_ids:
+        if token in config.stop_ids:
             reason = "stop"
-        elif len(row.new_ids) >= row.request.sampling.max_tokens or row.length >= self._model.config.text.max_positions:
+        elif row.new >= request.sampling.max_tokens or len(row.names) > config.text.max_positions:
             reason = "length"
-        row.ended = reason is not None
-        return Step(row.index, token, reason, time.perf_counter() - started, prefill)
+        seconds = time.perf_counter() - started + generation.reading_s
+        generation.reading_s = 0.0
+        generation.steps.append(Step(token, reason, seconds, prefill))
+        if reason is not None:
+            self._end(generation)
+        elif self._root(len(row.names)) != row.root:
+            self._scheduler.read_again(row, self._root(len(row.names)))
+
+    # --- ends and places ----------------------------------------------------------------------------------------------
+
+    def _end(self, generation: Generation) -> None:
+        self._scheduler.stop(generation.row)
+        del self._generations[generation.row]
+        generation.ended = True
+        generation.features.clear()
+
+    def _fail(self, generation: Generation, error: UserError) -> None:
+        generation.error = error
+        self._end(generation)
+
+    def _root(self, length: int) -> bytes:
+        """The key that a row of this length begins with."""
+        switch = self._network.config.text.rotary.switch
+        return ROOTS["long" if switch is not None and length > switch else "short"]
+
+    def _pages(self, rows: Sequence[Row]) -> Pages:
+        most = max(len(row.pages) for row in rows)
+        table = [row.pages + row.pages[-1:] * (most - len(row.pages)) for row in rows]
+        return Pages(self._keys, self._values, torch.tensor(table, device=self._device))
+
+
+def position_bytes(network: Llava) -> int:
+    """What the keys and values of one position take."""
+    config = network.config.text
+    return 2 * config.layers * config.kv_heads * config.head_width * cache_type(network).itemsize
+
+
+def cache_type(network: Llava) -> torch.dtype:
+    """The type of keys and values: that of the network; beside weights in blocks half precision, as llama.cpp has."""
+    return torch.float16 if network.in_blocks else network.like.dtype

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,38 +20,29 @@ from pumice.ops import Blocks, BlocksShape, BlockWeights, Pages
 from pumice.quant import QTensor
 
 
-class KeysValues(Protocol):
-    """Where a forward pass puts its keys and values, and what the queries may look at."""
-
-    def extend(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values of a layer; return all of them, (B, K, S, E) each."""
-        ...
-
-    def pages(self) -> Pages:
-        """Where this pass finds and puts the keys and values of its rows."""
-        ...
-
-
 @dataclass(frozen=True)
 class Batch:
     """What one forward pass must know besides its inputs.
 
-    positions_BT: position of each new token in its own row. mask_BTS: True where a query may look; without one a
-    query sees the tokens before it in this pass (`causal`) or everything. cache: None when nothing is kept (training,
-    plain generation). last_only: of a single row, only the last position's hidden state is asked for.
+    positions_BT: position of each new token in its own row. pages: where keys and values are kept; a query then sees
+    all of its row up to its own position. None when nothing is kept (training, plain generation): a query sees the
+    tokens before it in this pass (`causal`), or what mask_BTS allows. kept: of a single row, hidden states of so many
+    of the last positions are asked for. reach_B: the last position that a row is known to have, if it is not of this
+    pass.
     """
 
     positions_BT: Tensor
     mask_BTS: Tensor | None = None
     causal: bool = True
-    cache: KeysValues | None = None
-    last_only: bool = False
+    pages: Pages | None = None
+    kept: int | None = None
+    reach_B: Tensor | None = None
 
 
 def windowed(batch: Batch, window: int | None) -> Batch:
     """The batch with a mask that hides what lies `window` positions or more before a query, once any row is that long.
 
-    The key of position s stands at place s, in a cache and in a pass without one.
+    The key of position s stands at place s.
     """
     longest = 0 if window is None else int(batch.positions_BT.max()) + 1
     if window is None or longest <= window:
@@ -66,7 +56,7 @@ def windowed(batch: Batch, window: int | None) -> Batch:
 class Attention(nn.Module):
     def __init__(self, config: TextConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.head_width = layer, config.head_width
+        self.layer, self.head_width, self.window = layer, config.head_width, config.window
         inner, shared = config.heads * config.head_width, config.kv_heads * config.head_width
         self.q_proj = Linear(config.width, inner, bias=config.qkv_bias)
         self.k_proj = Linear(config.width, shared, bias=config.qkv_bias)
@@ -77,9 +67,12 @@ class Attention(nn.Module):
         projected = together(x_BTD, self.q_proj, self.k_proj, self.v_proj)
         q_BHTE, k_BKTE, v_BKTE = (self._heads(each_BTX) for each_BTX in projected)
         q_BHTE, k_BKTE = ops.rotate(q_BHTE, *turn), ops.rotate(k_BKTE, *turn)
-        if batch.cache is not None:
-            k_BKTE, v_BKTE = batch.cache.extend(self.layer, k_BKTE, v_BKTE)
-        mixed_BHTE = ops.attention(q_BHTE, k_BKTE, v_BKTE, batch.mask_BTS, causal=batch.causal)
+        if batch.pages is None:
+            mixed_BHTE = ops.attention(q_BHTE, k_BKTE, v_BKTE, batch.mask_BTS, causal=batch.causal)
+        else:
+            mixed_BHTE = ops.attention_in_pages(
+                q_BHTE, k_BKTE, v_BKTE, batch.pages, self.layer, batch.positions_BT, self.window
+            )
         return self.o_proj(mixed_BHTE.transpose(1, 2).flatten(2))
 
     def _heads(self, x_BTX: Tensor) -> Tensor:
@@ -131,18 +124,17 @@ class LanguageModel(nn.Module):
         self.norm = RmsNorm(config.width, config.norm_eps)
 
     def forward(self, x_BTD: Tensor, batch: Batch) -> Tensor:
-        """Hidden states after the final norm, (B, T, D), from embeddings of the same shape; (1, 1, D) of the last
-        position alone where the batch says so."""
-        cos_BTE, sin_BTE = ops.rotary(batch.positions_BT, self.config.head_width, self.config.rotary)
+        """Hidden states after the final norm, (B, T, D), from embeddings of the same shape; (1, kept, D) where the
+        batch says so."""
+        cos_BTE, sin_BTE = ops.rotary(batch.positions_BT, self.config.head_width, self.config.rotary, batch.reach_B)
         turn = (cos_BTE.to(x_BTD.dtype), sin_BTE.to(x_BTD.dtype))
-        if batch.cache is not None and ops.takes_blocks(x_BTD) and self._at_once is not None:
-            # In a cache a query sees its row up to its own position, whatever the mask was made for.
-            run = self._at_once.run_for_last if batch.last_only else self._at_once.run
-            return self.norm(run(x_BTD, turn, batch.positions_BT, batch.cache.pages()))
-        batch = windowed(batch, self.config.window)
+        if batch.pages is not None and ops.takes_blocks(x_BTD) and self._at_once is not None:
+            return self.norm(self._at_once.run(x_BTD, turn, batch.positions_BT, batch.pages, batch.kept))
+        if batch.pages is None:
+            batch = windowed(batch, self.config.window)
         for block in self.layers:
             x_BTD = block(x_BTD, turn, batch)
-        return self.norm(x_BTD[:, -1:] if batch.last_only else x_BTD)
+        return self.norm(x_BTD if batch.kept is None else x_BTD[:, x_BTD.shape[1] - batch.kept :])
 
     @functools.cached_property
     def _at_once(self) -> Blocks | None:

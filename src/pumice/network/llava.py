@@ -72,11 +72,17 @@ class Llava(nn.Module):
 
         pixels_N3YX: the tiles of the images one after the other, base view first; N = sum of `grid.tiles`.
         """
-        tiles_NPD = self.multi_modal_projector(self.vision_tower(pixels_N3YX))
-        per_image = tiles_NPD.split([grid.tiles for grid in grids])
-        return [
-            merge(tiles, grid, self.image_newline if grid.newline else None) for tiles, grid in zip(per_image, grids)
-        ]
+        per_image = torch.split(self.look(pixels_N3YX), [grid.tiles for grid in grids])
+        return [self.merge(tiles_NPD, grid) for tiles_NPD, grid in zip(per_image, grids)]
+
+    def look(self, pixels_N3YX: Tensor) -> Tensor:
+        """What the language model gets of each tile: (N, P, D)."""
+        tiles_NPD: Tensor = self.multi_modal_projector(self.vision_tower(pixels_N3YX))
+        return tiles_NPD
+
+    def merge(self, tiles_NPD: Tensor, grid: Grid) -> Tensor:
+        """One image's features, (grid.tokens, D), from those of its tiles."""
+        return merge(tiles_NPD, grid, self.image_newline if grid.newline else None)
 
     def embed(self, ids_BT: Tensor, features: Sequence[Tensor]) -> Tensor:
         """Text embeddings, (B, T, D), with the features of the images, in order, where the ids are the image token."""

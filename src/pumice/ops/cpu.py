@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pumice.ops import sizes
 from pumice.ops.library import CAttention, CBlock, CMatrix, CPages, CPass, instruction_set, library
+from pumice.ops.pages import Pages
 from pumice.quant import FORMATS, Format, QTensor
 
 KEY_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -145,15 +146,6 @@ def rotate(x_BHTE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
     return out_BTHE.transpose(1, 2)
 
 
-@dataclass(frozen=True)
-class Pages:
-    """Keys and values of every layer, (N, K, page, E) each, N pages. table_RP: the pages of each row, in order."""
-
-    keys: Sequence[Tensor]
-    values: Sequence[Tensor]
-    table_RP: Tensor
-
-
 def _pages(keys_NKSE: Tensor, values_NKSE: Tensor, table_RP: Tensor) -> CPages:
     sizes.alike("keys and values", keys_NKSE, values_NKSE)
     page_stride, head_stride, token_stride, step = keys_NKSE.stride()
@@ -179,29 +171,59 @@ def attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask_BTS: Tensor |
     Each row of keys is one page.
     """
     sizes.attention(q_BHTE, k_BKSE, v_BKSE, mask_BTS)
-    rows, heads, tokens, width = q_BHTE.shape
+    rows, _, tokens, _ = q_BHTE.shape
     positions = k_BKSE.shape[2]
     if k_BKSE.stride() != v_BKSE.stride() or k_BKSE.stride(3) != 1:
         k_BKSE, v_BKSE = (each.clone(memory_format=torch.contiguous_format) for each in (k_BKSE, v_BKSE))
-    if q_BHTE.stride(3) != 1:
-        q_BHTE = q_BHTE.contiguous()
     mask = None if mask_BTS is None else mask_BTS.expand(rows, tokens, positions).contiguous()
     places_BT = torch.arange(tokens, device="cpu").expand(rows, tokens).contiguous() if causal else None
-    table_R1, out_BTHE = torch.arange(rows, device="cpu")[:, None], _room(rows, tokens, heads, width)
+    pages = _pages(k_BKSE, v_BKSE, table_R1 := torch.arange(rows, device="cpu")[:, None])
+    return _attended(q_BHTE, pages, k_BKSE.shape[1], _Sight(positions, places_BT, mask), table_R1)
+
+
+def attention_in_pages(q_BHTE: Tensor, pages: Pages, layer: int, positions_BT: Tensor, window: int | None) -> Tensor:
+    """`reference.attention_in_pages` of float32 queries over keys and values of any type in KEY_TYPES."""
+    sizes.plain(q_BHTE)
+    rows, heads, tokens, width = q_BHTE.shape
+    keys_NKSE, values_NKSE = pages.keys[layer], pages.values[layer]
+    sizes.heads(heads, keys_NKSE.shape[1], width)
+    sizes.pages([keys_NKSE, values_NKSE], (keys_NKSE.shape[1], width))
+    table_RP, places_BT = pages.table_RP.contiguous(), positions_BT.expand(rows, tokens).contiguous()
+    sizes.places(table_RP, places_BT, keys_NKSE)
+    sight = _Sight(int(places_BT.max()) + 1, places_BT, None, window or 0)
+    return _attended(q_BHTE, _pages(keys_NKSE, values_NKSE, table_RP), keys_NKSE.shape[1], sight, table_RP)
+
+
+@dataclass(frozen=True)
+class _Sight:
+    """Which positions queries see: those up to their own, or where a mask is True."""
+
+    positions: int
+    places_BT: Tensor | None
+    mask_BTS: Tensor | None
+    window: int = 0
+
+
+def _attended(q_BHTE: Tensor, pages: CPages, kv_heads: int, sight: _Sight, held: Tensor) -> Tensor:
+    """`held` is what the pages point to."""
+    rows, heads, tokens, width = q_BHTE.shape
+    if q_BHTE.stride(3) != 1:
+        q_BHTE = q_BHTE.contiguous()
+    out_BTHE = _room(rows, tokens, heads, width)
     described = CAttention(
         q_BHTE.data_ptr(),
         *q_BHTE.stride()[:3],
-        _pages(k_BKSE, v_BKSE, table_R1),
-        None if places_BT is None else places_BT.data_ptr(),
-        None if mask is None else mask.data_ptr(),
+        pages,
+        None if sight.places_BT is None else sight.places_BT.data_ptr(),
+        None if sight.mask_BTS is None else sight.mask_BTS.data_ptr(),
         out_BTHE.data_ptr(),
         rows,
         tokens,
         heads,
-        k_BKSE.shape[1],
+        kv_heads,
         width,
-        positions,
-        0,
+        sight.positions,
+        sight.window,
     )
     isa, threads, pointer = instruction_set(), torch.get_num_threads(), ctypes.byref(described)
     memory = _room(library().pumice_attention_floats(isa, pointer, threads))
@@ -257,28 +279,27 @@ class Blocks:
         described = [_matrix(weight, bias, None) for weight, bias in zip(matrices, biases)]
         return CBlock(*described, *(each.data_ptr() for each in norms), None, None)
 
-    def run(self, x_BTD: Tensor, turn: tuple[Tensor, Tensor], positions_BT: Tensor, pages: Pages) -> Tensor:
+    def run(
+        self,
+        x_BTD: Tensor,
+        turn: tuple[Tensor, Tensor],
+        positions_BT: Tensor,
+        pages: Pages,
+        kept: int | None = None,
+    ) -> Tensor:
         """The hidden states after the last block, (B, T, D) float32; new keys and values are put into the pages.
 
         turn: cosines and sines, (B, T, E). positions_BT: where each new position stands in its row, and how far back
-        it sees: all positions before it, within the model's window.
+        it sees: all positions before it, within the model's window. kept: of a single row, so many of the last
+        positions are asked for, (1, kept, D); of the others the last block computes keys and values and no more.
         """
-        return torch.cat(self._parts(x_BTD, turn, positions_BT, pages, last_only=False), dim=1)
-
-    def run_for_last(self, x_1TD: Tensor, turn: tuple[Tensor, Tensor], positions_1T: Tensor, pages: Pages) -> Tensor:
-        """`run` of one row, for the hidden state of its last position alone, (1, 1, D): the last block computes keys
-        and values of the others and no more."""
-        assert len(x_1TD) == 1, f"{len(x_1TD)} rows, of which the last positions are asked for"
-        return self._parts(x_1TD, turn, positions_1T, pages, last_only=True)[-1]
-
-    def _parts(
-        self, x_BTD: Tensor, turn: tuple[Tensor, Tensor], positions_BT: Tensor, pages: Pages, *, last_only: bool
-    ) -> list[Tensor]:
         sizes.passed(x_BTD, turn, self._width, self.shape.head_width)
         sizes.pages([*pages.keys, *pages.values], (self.shape.kv_heads, self.shape.head_width))
         for block, keys, values in zip(self._blocks, pages.keys, pages.values, strict=True):
             block.keys, block.values = keys.data_ptr(), values.data_ptr()
         rows, tokens, _ = x_BTD.shape
+        first = 0 if kept is None else tokens - kept
+        assert 0 <= first <= (tokens if rows == 1 else 0), f"{kept} of {tokens} positions of {rows} rows are asked for"
         places_BT = positions_BT.expand(rows, tokens)
         sizes.places(pages.table_RP, places_BT, pages.keys[0])
         turn_BTE = [each.expand(rows, tokens, -1) for each in turn]
@@ -286,11 +307,11 @@ class Blocks:
         ends = [tokens * part // count for part in range(count + 1)]
         outs = []
         for start, end in itertools.pairwise(ends):
-            kept = end - start if not last_only else int(end == tokens)
+            asked = min(end - start, max(0, end - first))
             turned = [each[:, start:end].contiguous() for each in turn_BTE]
-            out_BTD = self._part(x_BTD[:, start:end], turned, places_BT[:, start:end].contiguous(), pages, kept)
-            outs.append(out_BTD[:, end - start - kept :])
-        return outs
+            out_BTD = self._part(x_BTD[:, start:end], turned, places_BT[:, start:end].contiguous(), pages, asked)
+            outs.append(out_BTD[:, end - start - asked :])
+        return torch.cat(outs, dim=1)
 
     def _part(self, x_BTD: Tensor, turn_BTE: Sequence[Tensor], places_BT: Tensor, pages: Pages, kept: int) -> Tensor:
         x_BTD, table_RP = x_BTD.clone(memory_format=torch.contiguous_format), pages.table_RP.contiguous()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pumice.config import Rotary
+from pumice.ops.pages import Pages
 
 
 def linear(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
@@ -35,18 +36,21 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-def rotary(positions_BT: Tensor, head_width: int, rotary: Rotary) -> tuple[Tensor, Tensor]:
+def rotary(
+    positions_BT: Tensor, head_width: int, rotary: Rotary, reach_B: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding (Su et al. 2021), float32, shape (B, T, head_width).
 
     Half-split order, as in Transformers: the angle of channel i equals that of channel i + head_width/2. A row whose
-    last position is `rotary.switch` or beyond turns by the long divisors.
+    last position, `reach_B` or the last of these, is `rotary.switch` or beyond turns by the long divisors.
     """
     like = positions_BT.device
     exponent = torch.arange(0, head_width, 2, dtype=torch.int64, device=like).float() / head_width
     base = rotary.theta**exponent
     frequency = 1.0 / (torch.tensor(rotary.divisors, device=like) * base if rotary.divisors else base)
     if rotary.switch is not None:
-        beyond_B11 = positions_BT.amax(1)[:, None, None] >= rotary.switch
+        last_B = positions_BT.amax(1) if reach_B is None else reach_B
+        beyond_B11 = last_B[:, None, None] >= rotary.switch
         frequency = torch.where(beyond_B11, 1.0 / (torch.tensor(rotary.long_divisors, device=like) * base), frequency)
     angle = positions_BT[..., None].float() * frequency
     angle = torch.cat((angle, angle), dim=-1)
@@ -75,6 +79,41 @@ def attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask_BTS: Tensor |
     elif mask_BTS is not None:
         scores_BHTS = scores_BHTS.masked_fill(~mask_BTS[:, None], float("-inf"))
     return scores_BHTS.softmax(-1, dtype=torch.float32).to(v_BKSE.dtype) @ v_BHSE
+
+
+def put(k_BKTE: Tensor, v_BKTE: Tensor, pages: Pages, layer: int, positions_BT: Tensor) -> None:
+    """Keys and values of a layer to their places in the pages."""
+    size = pages.keys[layer].shape[2]
+    page_BT = pages.table_RP.gather(1, positions_BT // size)
+    for kept_NKSE, new_BKTE in ((pages.keys[layer], k_BKTE), (pages.values[layer], v_BKTE)):
+        kept_NKSE[page_BT, :, positions_BT % size] = new_BKTE.transpose(1, 2).to(kept_NKSE.dtype)
+
+
+def rows_of(pages: Pages, layer: int, positions_BT: Tensor, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values of a layer as rows, (B, K, S, E) each, and the mask of `attention`: a query sees its row up to
+    its own position, `window` positions at most."""
+    reach = int(positions_BT.max()) + 1
+    places_S = torch.arange(reach, device=positions_BT.device)
+    mask_BTS = places_S <= positions_BT[..., None]
+    # What no query of the row sees may be anything, and nothing times that may be no number.
+    unseen_B1S1 = ~mask_BTS.any(1)[:, None, :, None]
+    keys, values = (
+        _row(each[layer], pages.table_RP, reach).masked_fill(unseen_B1S1, 0) for each in (pages.keys, pages.values)
+    )
+    if window is not None:
+        mask_BTS = mask_BTS & (places_S > positions_BT[..., None] - window)
+    return keys, values, mask_BTS
+
+
+def attention_in_pages(q_BHTE: Tensor, pages: Pages, layer: int, positions_BT: Tensor, window: int | None) -> Tensor:
+    """`attention` of each query over its row up to its own position: (B, H, T, E)."""
+    k_BKSE, v_BKSE, mask_BTS = rows_of(pages, layer, positions_BT, window)
+    return attention(q_BHTE, k_BKSE.to(q_BHTE.dtype), v_BKSE.to(q_BHTE.dtype), mask_BTS, causal=False)
+
+
+def _row(kept_NKSE: Tensor, table_RP: Tensor, reach: int) -> Tensor:
+    _, heads, _, width = kept_NKSE.shape
+    return kept_NKSE[table_RP].transpose(1, 2).reshape(len(table_RP), heads, -1, width)[:, :, :reach]
 
 
 def gated_mlp(gate: Tensor, up: Tensor) -> Tensor:

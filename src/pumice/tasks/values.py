@@ -161,7 +161,7 @@ def _result(model: Model, probe: Probe, done: Callable[[], None]) -> Result:
     tokens = list(stream.answer.tokens)
     # An image token that is answered ends what can be read again: there it would ask for an image.
     answer = tokens[: tokens.index(mark) + 1] if mark in tokens else tokens
-    features = _kept(model, stream.features)
+    features = seen_features(model, seen.images)
     logits_AV = forced(model, seen.encoded.ids, answer, features)
     done()
     return Result(

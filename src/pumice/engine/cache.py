@@ -1,0 +1,178 @@
+"""Which pages hold what: pages shared by prefix, kept when nobody needs them, given away when they are needed.
+
+No tensors here: a page is a number, and what stands at a position is a name, an int. The name of a token is its id;
+that of an image's feature is made of the image's digest and the feature's place (`image_names`). Two images never have
+a name in common, so they never share a page, and one image asked about twice always does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+LOOKED_AT = 64
+"""So many pages with one parent are compared for the longest beginning."""
+
+
+def image_names(digest: str, tokens: int) -> range:
+    """A name for each feature of an image. digest: hex, equal for equal input to the network and for nothing else."""
+    first = (1 << 4 * len(digest) | int(digest, 16)) << 32
+    return range(first, first + tokens)
+
+
+def page_key(parent: bytes, names: Sequence[int]) -> bytes:
+    """What a page is found by: what it holds and all that comes before it."""
+    return hashlib.blake2b(repr(tuple(names)).encode(), digest_size=32, key=parent).digest()
+
+
+@dataclass(frozen=True)
+class Found:
+    """The beginning of a row that is in pages already."""
+
+    pages: list[int]
+    """Full ones, held by whoever asked."""
+    keys: list[bytes]
+    partial: tuple[int, int] | None
+    """A page, also held, whose first so many positions fit on; they are to be copied."""
+    positions: int
+
+
+@dataclass(frozen=True)
+class _Node:
+    """What a page holds that can be found."""
+
+    parent: bytes
+    names: tuple[int, ...]
+    key: bytes | None
+    """None while the page is not full."""
+
+
+class Cache:
+    """`count` pages of `size` positions each. A page is free, held by rows, or idle: held by none, and findable."""
+
+    def __init__(self, count: int, size: int, root: bytes = b"root") -> None:
+        """root: the key of the empty row."""
+        self.count, self.size, self.root = count, size, root
+        self._touched = 0  # memory of pages that were never needed is never touched
+        self._free: list[int] = []
+        self._holders: dict[int, int] = {}
+        self._nodes: dict[int, _Node] = {}
+        self._by_key: dict[bytes, int] = {}
+        self._children: dict[bytes, dict[int, None]] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def available(self) -> int:
+        """Pages that `take` can give."""
+        return self.count - len(self._holders)
+
+    @property
+    def held(self) -> int:
+        """Pages that rows hold."""
+        return len(self._holders)
+
+    @property
+    def idle(self) -> int:
+        """Pages that no row holds and that can be found."""
+        return len(self._idle)
+
+    def take(self) -> int:
+        """A page that may be written, held once. Of the idle ones, that which was not used for the longest goes."""
+        assert self.available > 0, "all pages are held"
+        if self._free:
+            page = self._free.pop()
+        elif self._touched < self.count:
+            page, self._touched = self._touched, self._touched + 1
+        else:
+            page, _ = self._idle.popitem(last=False)
+            self._forget(page)
+        self._holders[page] = 1
+        return page
+
+    def find(self, names: Sequence[int], most: int, root: bytes | None = None) -> Found:
+        """The longest beginning of a row, of `most` positions at most, that is in pages. They are held."""
+        pages: list[int] = []
+        keys: list[bytes] = []
+        key, at = root or self.root, 0
+        while at + self.size <= most:
+            key_here = page_key(key, names[at : at + self.size])
+            page = self._by_key.get(key_here)
+            if page is None:
+                break
+            self._hold(page)
+            pages.append(page)
+            keys.append(key_here)
+            key, at = key_here, at + self.size
+        partial = self._longest(key, names[at : min(most, at + self.size)])
+        if partial is not None:
+            self._hold(partial[0])
+            at += partial[1]
+        return Found(pages, keys, partial, at)
+
+    def _longest(self, parent: bytes, names: Sequence[int]) -> tuple[int, int] | None:
+        best: tuple[int, int] | None = None
+        for page in itertools.islice(reversed(self._children.get(parent, {})), LOOKED_AT):
+            same = sum(
+                1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self._nodes[page].names, names))
+            )
+            if same > (best[1] if best else 0):
+                best = page, same
+        return best
+
+    def keep(self, page: int, parent: bytes, names: Sequence[int]) -> bytes:
+        """From now on a held page can be found by these names, which must stay; what follows them may be written yet.
+        Given is its key, by which a full page is the parent of the next. Where another page holds the same, that one
+        is found."""
+        full = len(names) == self.size
+        key = page_key(parent, names)
+        same = self._longest(parent, names)
+        if same is not None and same[1] == len(names):
+            return key
+        if page in self._nodes:
+            self._forget(page)
+        self._nodes[page] = _Node(parent, tuple(names), key if full else None)
+        self._children.setdefault(parent, {})[page] = None
+        if full:
+            self._by_key[key] = page
+        return key
+
+    def release(self, pages: Sequence[int]) -> None:
+        """A row no longer holds these pages, given in the row's order. Its end is given away before its beginning."""
+        for page in reversed(pages):
+            self._holders[page] -= 1
+            if self._holders[page]:
+                continue
+            del self._holders[page]
+            if page in self._nodes:
+                self._idle[page] = None
+            else:
+                self._free.append(page)
+
+    def _hold(self, page: int) -> None:
+        self._holders[page] = self._holders.get(page, 0) + 1
+        self._idle.pop(page, None)
+
+    def _forget(self, page: int) -> None:
+        node = self._nodes.pop(page)
+        if node.key is not None:
+            del self._by_key[node.key]
+        siblings = self._children[node.parent]
+        del siblings[page]
+        if not siblings:
+            del self._children[node.parent]
+
+    def clear(self) -> None:
+        """Forget all idle pages."""
+        for page in list(self._idle):
+            self._forget(page)
+            self._free.append(page)
+        self._idle.clear()
+
+
+def _same(one: Sequence[int], other: Sequence[int]) -> int:
+    """How long the beginning is that both have."""
+    differing = (at for at, (here, there) in enumerate(zip(one, other)) if here != there)
+    return next(differing, min(len(one), len(other)))

@@ -1,0 +1,65 @@
+"""Features of images: each image is looked at once, a few tiles at a time, and remembered as long as there is room.
+
+P tokens of a tile · D width of the language model
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pumice.image import Prepared
+from pumice.network.llava import Llava
+
+
+class Eyes:
+    """The vision tower and what it has seen, by the digests of images."""
+
+    def __init__(self, network: Llava, memory_bytes: int) -> None:
+        """memory_bytes: what remembered features may take; those of one image are always kept until the next."""
+        self._network, self._memory_bytes = network, memory_bytes
+        self._tiles: dict[str, list[Tensor]] = {}
+        self._features: OrderedDict[str, Tensor] = OrderedDict()
+
+    def features(self, image: Prepared) -> Tensor | None:
+        """(tokens, D) of an image that was looked at to its end."""
+        if image.digest in self._features:
+            self._features.move_to_end(image.digest)
+        return self._features.get(image.digest)
+
+    def put(self, image: Prepared, features_XD: Tensor) -> None:
+        """Remember what an image's features are."""
+        self._features[image.digest] = features_XD
+        taken = sum(each.nbytes for each in self._features.values())
+        while taken > self._memory_bytes and len(self._features) > 1:
+            taken -= self._features.popitem(last=False)[1].nbytes
+
+    def look(self, images: Sequence[Prepared], most_tiles: int) -> None:
+        """Encode the next tiles of these images, in order and in one pass."""
+        chosen: list[tuple[Prepared, int]] = []
+        for image in images:
+            if image.digest in self._features:
+                continue
+            seen = len(self._tiles.setdefault(image.digest, []))
+            seen += sum(each.digest == image.digest for each, _ in chosen)
+            room = most_tiles - len(chosen)
+            chosen += [(image, tile) for tile in range(seen, min(image.grid.tiles, seen + room))]
+        if not chosen:
+            return
+        like = self._network.like
+        pixels = torch.stack([torch.from_numpy(image.pixels[tile]) for image, tile in chosen])
+        for (image, _), tile_PD in zip(chosen, self._network.look(pixels.to(like.device, like.dtype))):
+            self._tiles[image.digest].append(tile_PD)
+        for image in {each.digest: each for each, _ in chosen}.values():
+            tiles = self._tiles[image.digest]
+            if len(tiles) == image.grid.tiles:
+                del self._tiles[image.digest]
+                self.put(image, self._network.merge(torch.stack(tiles), image.grid))
+
+    def forget(self, images: Sequence[Prepared]) -> None:
+        """Drop what was begun of images that nobody asks about any more."""
+        for image in images:
+            self._tiles.pop(image.digest, None)

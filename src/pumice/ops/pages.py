@@ -1,0 +1,24 @@
+"""Keys and values in pages, and which pages a row has.
+
+N pages · R rows · P pages of a row · K key/value heads · S positions of a page · E width of a head
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Where a pass finds the keys and values of its rows, and puts new ones.
+
+    keys, values: of each layer, (N, K, S, E). table_RP: the pages of each row in order, int64; shorter rows are filled
+    up with any page. Position p of row r lies in page table_RP[r, p // S], at p % S.
+    """
+
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    table_RP: Tensor

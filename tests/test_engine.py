@@ -1,0 +1,303 @@
+"""The engine: pages without tensors against a shadow of their memory, then random mixtures of requests against the
+plain loop, token by token."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import pumice
+import tiny
+from pumice import Sampling, UserError
+from pumice.engine import Engine, Generation, Limits, Request
+from pumice.engine.cache import Cache, image_names
+from pumice.engine.scheduler import Row, Scheduler
+from pumice.image import Prepared, prepare
+from pumice.network import llava
+
+ROOT = b"root"
+
+
+# --- pages, without tensors -------------------------------------------------------------------------------------------
+
+
+class Shadow:
+    """What a scheduler's pages would hold: each pass writes names, and each row finds those it needs."""
+
+    def __init__(self, pages: int, size: int, rows: int) -> None:
+        self.scheduler = Scheduler(Cache(pages, size), rows)
+        self.size = size
+        self.memory = [[None] * size for _ in range(pages)]
+
+    def write(self, row: Row, count: int) -> None:
+        for place in range(row.done, row.done + count):
+            self.memory[row.pages[place // self.size]][place % self.size] = row.names[place]
+        self.scheduler.advance(row, count)
+        held = [self.memory[row.pages[place // self.size]][place % self.size] for place in range(row.done)]
+        assert held == row.names[: row.done]
+
+    def step(self, budget: int, wanted: dict[Row, list[int]], ended: list[Row]) -> None:
+        """wanted: the tokens that each row is to say, its last one ends it."""
+        rows, stuck = self.scheduler.decoding()
+        assert not stuck
+        for row in rows:
+            self.write(row, 1)
+            self.say(row, wanted, ended)
+        while budget > 0 and (part := self.scheduler.reading(budget)):
+            if part.copy is not None:
+                self.memory[part.copy[1]] = list(self.memory[part.copy[0]])
+            self.write(part.row, part.count)
+            budget -= part.count
+            if part.row.left == 0:
+                self.say(part.row, wanted, ended)
+
+    def say(self, row: Row, wanted: dict[Row, list[int]], ended: list[Row]) -> None:
+        row.push(wanted[row][row.new])
+        if row.new == len(wanted[row]):
+            self.scheduler.stop(row)
+            ended.append(row)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(seed=st.integers(0, 2**32), size=st.sampled_from([1, 2, 4, 7]), pages=st.integers(12, 40))
+def test_no_row_finds_what_another_wrote(seed: int, size: int, pages: int) -> None:
+    """Rows come, share beginnings, are cancelled and preempted; each finds its own names at each position, ends with
+    all its tokens, and leaves no page held."""
+    draw = random.Random(seed)
+    shadow = Shadow(pages, size, rows=draw.randint(1, 6))
+    beginnings = [[draw.randint(0, 3) for _ in range(draw.randint(0, 3 * size))] for _ in range(3)]
+    wanted: dict[Row, list[int]] = {}
+    alive: list[Row] = []
+    ended: list[Row] = []
+    cancelled = 0
+    for turn in range(400):
+        if turn < 60 and draw.random() < 0.5:
+            names = draw.choice(beginnings) + [draw.randint(0, 3) for _ in range(draw.randint(1, 2 * size))]
+            said = [draw.randint(0, 3) for _ in range(draw.randint(1, 6))]
+            if shadow.scheduler.fits(len(names) + len(said)):
+                row = Row(list(names), ROOT)
+                wanted[row] = said
+                alive.append(row)
+                shadow.scheduler.add(row)
+        if alive and draw.random() < 0.05:
+            row = draw.choice(alive)
+            if row not in ended:
+                shadow.scheduler.stop(row)
+                alive.remove(row)
+                cancelled += 1
+        shadow.step(draw.choice([1, 2, 5, 50]), wanted, ended)
+        assert shadow.scheduler.cache.held + shadow.scheduler.cache.available == pages
+    assert shadow.scheduler.idle
+    assert len(ended) + cancelled == len(wanted)
+    assert all(row.names[len(row.names) - row.new :] == wanted[row] for row in ended)
+    assert shadow.scheduler.cache.held == 0
+
+
+def filled(cache: Cache, names: list[int]) -> list[int]:
+    """Pages with these names in them, still held."""
+    pages, parent = [], cache.root
+    for at in range(0, len(names), cache.size):
+        pages.append(cache.take())
+        parent = cache.keep(pages[-1], parent, names[at : at + cache.size])
+    return pages
+
+
+def test_a_row_finds_the_longest_beginning() -> None:
+    cache = Cache(10, 4)
+    pages = filled(cache, [1, 2, 3, 4, 5, 6, 7, 8, 9, 9])
+    cache.release(pages)
+    found = cache.find([1, 2, 3, 4, 5, 6, 0, 0, 0], 8)
+    assert (found.pages, found.partial, found.positions) == (pages[:1], (pages[1], 2), 6)
+    found = cache.find([1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9], 10)
+    assert (found.pages, found.partial, found.positions) == (pages[:2], (pages[2], 2), 10)
+    assert cache.find([1, 2, 3, 4], 3).positions == 3
+    assert cache.find([2, 2, 3, 4, 5], 4).positions == 0
+    assert cache.find([1, 2, 3, 4, 5], 4, root=b"another").positions == 0
+
+
+def test_what_was_not_used_for_the_longest_goes_first_and_ends_before_beginnings() -> None:
+    cache = Cache(4, 2)
+    old, new = filled(cache, [1, 1, 2, 2]), filled(cache, [3, 3, 4, 4])
+    cache.release(old)
+    cache.release(new)
+    assert [cache.take(), cache.take()] == old[::-1]
+    assert cache.find([1, 1, 5], 2).positions == 0
+    found = cache.find([3, 3, 4, 4, 5], 4)
+    assert found.pages == new
+    assert cache.available == 0
+    with pytest.raises(AssertionError, match="all pages are held"):
+        cache.take()
+
+
+def test_names_of_images_meet_no_other() -> None:
+    one, other = image_names("00" * 32, 3000), image_names("00" * 31 + "01", 3000)
+    assert not set(one) & set(other)
+    assert min(one) > 2**40
+    assert list(one) == list(image_names("00" * 32, 3000))
+
+
+# --- the whole engine -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> pumice.Model:
+    return pumice.load(tiny.hf_folder(tmp_path_factory.mktemp("engine") / "hf", family="1.6", seed=11))
+
+
+@pytest.fixture(scope="module")
+def images(model: pumice.Model) -> list[Prepared]:
+    random_numbers = np.random.default_rng(0)
+    sizes = [(28, 28), (40, 90), (90, 40), (60, 60), (60, 60)]
+    pictures = [Image.fromarray(random_numbers.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+    return [prepare(each, *model.eyes()) for each in pictures]
+
+
+def prompt_ids(model: pumice.Model, shown: list[Prepared], words: list[int]) -> list[int]:
+    ids = [1]
+    for image in shown:
+        ids += [model.config.image_token_id] * image.grid.tokens + words[:1]
+    return ids + words
+
+
+def plain(model: pumice.Model, ids: list[int], shown: list[Prepared], tokens: int) -> list[int]:
+    with torch.inference_mode():
+        features = [model.network.encode(torch.from_numpy(each.pixels), [each.grid])[0] for each in shown]
+    return list(llava.generate(model.network, ids, features, tokens))
+
+
+def taken(generation: Generation) -> list[int]:
+    return [step.token for step in generation.steps]
+
+
+def test_random_mixtures_say_what_the_plain_loop_says(model: pumice.Model, images: list[Prepared]) -> None:
+    """Lengths, images, arrivals, cancellations, preemptions, sizes of parts and states of the cache."""
+
+    @settings(max_examples=25, deadline=None)
+    @given(seed=st.integers(0, 2**32))
+    def holds(seed: int) -> None:
+        mixture(model, images, random.Random(seed))
+
+    holds()
+
+
+def mixture(model: pumice.Model, images: list[Prepared], draw: random.Random) -> None:
+    limits = Limits(
+        rows=draw.randint(1, 5),
+        chunk=draw.choice([1, 3, 16]),
+        alone_chunk=draw.choice([1, 5, 64]),
+        tiles=draw.randint(1, 3),
+    )
+    engine = Engine(model.network, limits, positions=draw.choice([160, 224, 480, 4096]))
+    beginnings = [draw.choices(images, k=draw.randint(0, 2)) for _ in range(3)]
+    waiting = deque()
+    for _ in range(draw.randint(2, 9)):
+        shown = draw.choice(beginnings)
+        ids = prompt_ids(model, shown, [draw.randint(10, 60) for _ in range(draw.randint(1, 40))])
+        waiting.append((ids, shown, draw.randint(1, 12)))
+    under_way: list[tuple[Generation, int]] = []
+    cancelled: set[Generation] = set()
+    while waiting or not all(each.ended for each, _ in under_way):
+        if waiting and draw.random() < 0.4:
+            ids, shown, tokens = waiting.popleft()
+            under_way.append((engine.submit(Request(ids, shown, Sampling(max_tokens=tokens))), tokens))
+        if under_way and draw.random() < 0.02:
+            generation, _ = draw.choice(under_way)
+            if not generation.ended:
+                engine.cancel(generation)
+                cancelled.add(generation)
+        engine.step()
+    for generation, tokens in under_way:
+        request, said = generation.request, taken(generation)
+        expected = plain(model, request.ids, request.images, tokens)
+        assert said == (expected[: len(said)] if generation in cancelled else expected)
+    assert engine.pages_held == 0
+
+
+def test_two_images_share_nothing_and_one_asked_twice_does(model: pumice.Model, images: list[Prepared]) -> None:
+    engine = Engine(model.network)
+    one, other = images[3], images[4]
+    assert one.grid == other.grid
+
+    def cached(image: Prepared, words: list[int]) -> int:
+        generation = engine.submit(Request(prompt_ids(model, [image], words), [image], Sampling(max_tokens=2)))
+        list(engine.follow(generation))
+        return generation.cached_tokens
+
+    assert cached(one, [5, 6, 7]) == 0
+    assert cached(other, [5, 6, 7]) == 1  # the token before it
+    assert cached(one, [8, 9]) == 1 + one.grid.tokens
+    assert cached(other, [5, 6, 8]) == 1 + other.grid.tokens + 3
+
+
+def test_equal_questions_that_come_together_are_read_once(model: pumice.Model, images: list[Prepared]) -> None:
+    engine = Engine(model.network, Limits(alone_chunk=4096))
+    ids = prompt_ids(model, images[:1], [5, 6, 7, 8])
+    under_way = [engine.submit(Request(ids, images[:1], Sampling(max_tokens=3))) for _ in range(3)]
+    engine.step()
+    assert [each.cached_tokens for each in under_way] == [0, len(ids) - 1, len(ids) - 1]
+    while engine.step():
+        pass
+    assert len({tuple(taken(each)) for each in under_way}) == 1
+
+
+def test_a_cancelled_request_frees_its_pages_at_once(model: pumice.Model, images: list[Prepared]) -> None:
+    engine = Engine(model.network, Limits(alone_chunk=8))
+    ids = prompt_ids(model, images[:2], [5] * 40)
+    generation = engine.submit(Request(ids, images[:2], Sampling(max_tokens=50)))
+    engine.step()
+    engine.step()
+    assert engine.pages_held > 0
+    engine.cancel(generation)
+    assert engine.pages_held == 0
+    assert not engine.step()
+    assert list(engine.follow(generation)) == []
+
+
+def test_a_request_without_room_fails_and_the_others_go_on(model: pumice.Model) -> None:
+    engine = Engine(model.network, positions=64)
+    with pytest.raises(UserError, match="80 tokens long; the cache has room for 64"):
+        engine.submit(Request([5] * 80, [], Sampling()))
+    long = engine.submit(Request([5] * 40, [], Sampling(max_tokens=60)))
+    short = engine.submit(Request([6] * 10, [], Sampling(max_tokens=5)))
+    assert len(list(engine.follow(short))) == 5
+    with pytest.raises(UserError, match="the cache has no room for more"):
+        list(engine.follow(long))
+    again = engine.submit(Request([6] * 10, [], Sampling(max_tokens=5)))
+    assert len(list(engine.follow(again))) == 5
+    assert engine.pages_held == 0
+
+
+def test_a_row_whose_scores_are_no_numbers_fails_alone(model: pumice.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(model.network)
+    whole = model.network.logits
+    good, bad = (engine.submit(Request([id] * 5, [], Sampling(max_tokens=6))) for id in (5, 6))
+    engine.step()
+    monkeypatch.setattr(
+        model.network, "logits", lambda hidden: whole(hidden).index_fill(0, torch.tensor([1]), float("nan"))
+    )
+    engine.step()
+    monkeypatch.undo()
+    assert len(list(engine.follow(good))) == 6
+    with pytest.raises(UserError, match="scores are not numbers"):
+        list(engine.follow(bad))
+
+
+def test_pages_of_a_preempted_row_are_found_again(model: pumice.Model) -> None:
+    """Two rows that together need more than there is: the younger waits, and loses none of its tokens."""
+    engine = Engine(model.network, positions=160)
+    requests = [Request([first] * 50, [], Sampling(max_tokens=40)) for first in (15, 16)]
+    expected = [plain(model, each.ids, [], 40) for each in requests]
+    assert [len(each) for each in expected] == [40, 40]
+    under_way = [engine.submit(each) for each in requests]
+    waited = 0
+    while engine.step():
+        waited += under_way[1].row.new > 0 and not under_way[1].row.pages and not under_way[0].ended
+    assert waited > 10
+    assert [taken(each) for each in under_way] == expected
