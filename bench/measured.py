@@ -39,7 +39,7 @@ def pumice(phase: str, model_path: str, eyes_path: str, picture: str) -> dict[st
     if phase == "start":
         return {"ready_s": seconds(lambda: ready(model_path, eyes_path))}
     import pumice
-    from pumice.engine import Request, Run, Sampling
+    from pumice.engine import Engine, Request, Sampling
 
     started = time.perf_counter()
     model = pumice.load(model_path, beside=eyes_path)
@@ -47,19 +47,21 @@ def pumice(phase: str, model_path: str, eyes_path: str, picture: str) -> dict[st
     network = model.network
     network.config = dataclasses.replace(network.config, stop_ids=())  # random weights end whenever they like
 
-    def prefill(tokens: int) -> Run:
+    def prefill(tokens: int) -> Engine:
         ids = torch.randint(3, network.config.text.vocab, (tokens,), generator=torch.Generator().manual_seed(0))
-        run = Run(network, [Request(ids.tolist(), [], Sampling(max_tokens=DECODED_TOKENS + 1))])
-        run.step()
-        return run
+        engine = Engine(network)
+        generation = engine.submit(Request(ids.tolist(), [], Sampling(max_tokens=DECODED_TOKENS + 1)))
+        while not generation.steps:
+            engine.step()
+        return engine
 
     if phase.startswith("prefill"):
         prefill(WARM_UP_TOKENS)
         tokens = int(phase.partition("-")[2])
         return figures | {"tokens_per_s": tokens / seconds(lambda: prefill(tokens))}
     if phase == "decode":
-        run = prefill(1)
-        passed = seconds(lambda: [run.step() for _ in range(DECODED_TOKENS)])
+        engine = prefill(1)
+        passed = seconds(lambda: [engine.step() for _ in range(DECODED_TOKENS)])
         return figures | {"tokens_per_s": DECODED_TOKENS / passed}
     once = Sampling(max_tokens=1)
     figures["first_s"] = seconds(lambda: model.ask(QUESTION, picture, system=NO_SYSTEM, sampling=once))

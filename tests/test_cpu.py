@@ -288,11 +288,11 @@ def test_a_long_row_part_by_part(window: int, instruction_set: str, monkeypatch:
     # Few and many rows go by different code: a sum between two levels may round the other way.
     near, whole = 0.02, pages()
     expected_1TD = at_once.run(x_1TD, turn, places_1T, whole)
-    assert far(at_once.run_for_last(x_1TD, turn, places_1T, pages()), expected_1TD[:, -1:]) < near
+    assert far(at_once.run(x_1TD, turn, places_1T, pages(), kept=1), expected_1TD[:, -1:]) < near
     monkeypatch.setattr(cpu, "MOST_POSITIONS", 23)
     parted = pages()
     assert far(at_once.run(x_1TD, turn, places_1T, parted), expected_1TD) < near
-    assert far(at_once.run_for_last(x_1TD, turn, places_1T, parted), expected_1TD[:, -1:]) < near
+    assert far(at_once.run(x_1TD, turn, places_1T, parted, kept=1), expected_1TD[:, -1:]) < near
     for given, expected in ((parted.keys, whole.keys), (parted.values, whole.values)):
         for given_14SE, expected_14SE in zip(given, expected):
             assert far(given_14SE, expected_14SE) < near
@@ -309,7 +309,7 @@ def test_the_last_position_of_a_long_row(instruction_set: str) -> None:
     x_1TD, places_1T = torch.randn(1, 12, 32, generator=draw), torch.arange(19988, 20000)[None]
     turn = reference.rotary(places_1T, 16, ROTARY)
     expected_1TD = at_once.run(x_1TD, turn, places_1T, pages)
-    assert far(at_once.run_for_last(x_1TD, turn, places_1T, pages), expected_1TD[:, -1:]) < 0.05
+    assert far(at_once.run(x_1TD, turn, places_1T, pages, kept=1), expected_1TD[:, -1:]) < 0.05
 
 
 def test_a_named_instruction_set() -> None:

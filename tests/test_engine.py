@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 
 import pumice
 import tiny
@@ -301,3 +303,99 @@ def test_pages_of_a_preempted_row_are_found_again(model: pumice.Model) -> None:
         waited += under_way[1].row.new > 0 and not under_way[1].row.pages and not under_way[0].ended
     assert waited > 10
     assert [taken(each) for each in under_way] == expected
+
+
+# --- the disk ---------------------------------------------------------------------------------------------------------
+
+
+def asked(model: pumice.Model, limits: Limits, image: Prepared, words: list[int]) -> tuple[list[int], int]:
+    """The tokens of an answer, by an engine of its own, and how much of the prompt it found."""
+    engine = Engine(model.network, limits)
+    generation = engine.submit(Request(prompt_ids(model, [image], words), [image], Sampling(max_tokens=4)))
+    tokens = [step.token for step in engine.follow(generation)]
+    engine.wait()
+    assert engine.pages_held == 0
+    return tokens, generation.cached_tokens
+
+
+@pytest.fixture
+def large(model: pumice.Model) -> Prepared:
+    pixels = np.random.default_rng(3).integers(0, 256, (28, 84, 3), dtype=np.uint8)
+    prepared = prepare(Image.fromarray(np.tile(pixels, (10, 10, 1))), *model.eyes())
+    assert prepared.grid.tokens < 32
+    return prepared
+
+
+@pytest.fixture
+def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that an image of the tiny model has some."""
+    monkeypatch.setattr("pumice.engine.PAGE", 4)
+
+
+@pytest.mark.usefixtures("small_pages")
+def test_a_later_process_finds_what_was_read_of_an_image(
+    model: pumice.Model, large: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = Limits(cache_dir=tmp_path / "cache")
+    first = asked(model, limits, large, [15, 16, 17])
+    monkeypatch.setattr(type(model.network), "look", None)  # from here on no image can be encoded
+    whole = (1 + large.grid.tokens) // 4 * 4
+    assert first[1] == 0
+    assert asked(model, limits, large, [15, 16, 17]) == (first[0], whole)
+    # In another place the image is read again, from features that are known.
+    engine = Engine(model.network, limits)
+    ids = [15, 16, *prompt_ids(model, [large], [17, 18])]
+    generation = engine.submit(Request(ids, [large], Sampling(max_tokens=4)))
+    tokens = [step.token for step in engine.follow(generation)]
+    assert generation.cached_tokens == 0
+    monkeypatch.undo()
+    assert tokens == plain(model, ids, [large], 4)
+
+
+@pytest.mark.usefixtures("small_pages")
+@pytest.mark.parametrize("damage", ["cut", "bit", "foreign", "empty"])
+def test_a_damaged_file_is_no_file(model: pumice.Model, large: Prepared, tmp_path: Path, damage: str) -> None:
+    limits = Limits(cache_dir=tmp_path)
+    expected, _ = asked(model, limits, large, [15, 16])
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 2
+    for path in files:
+        held = bytearray(path.read_bytes())
+        if damage == "bit":
+            held[-9] ^= 4
+        path.write_bytes({"cut": held[:-30], "bit": held, "empty": b""}.get(damage, files[0].read_bytes()))
+        if damage == "foreign":
+            save_file({"keys.0": torch.zeros(3, 2)}, path)
+    assert asked(model, limits, large, [15, 16]) == (expected, 0)
+    assert [each.stat().st_size > 100 for each in tmp_path.iterdir()] == [True, True]
+    assert asked(model, limits, large, [15, 16])[1] > 0
+
+
+@pytest.mark.usefixtures("small_pages")
+def test_another_model_finds_nothing(model: pumice.Model, large: Prepared, tmp_path: Path) -> None:
+    other = pumice.load(tiny.hf_folder(tmp_path / "hf", family="1.6", seed=12))
+    limits = Limits(cache_dir=tmp_path / "cache")
+    asked(model, limits, large, [15, 16])
+    answer, cached = asked(other, limits, large, [15, 16])
+    assert cached == 0
+    assert answer == plain(other, prompt_ids(other, [large], [15, 16]), [large], 4)
+
+
+@pytest.mark.usefixtures("small_pages")
+def test_the_folder_keeps_to_its_size(model: pumice.Model, images: list[Prepared], tmp_path: Path) -> None:
+    limits = Limits(cache_dir=tmp_path)
+    asked(model, limits, images[1], [15])
+    one = sum(each.stat().st_size for each in tmp_path.iterdir())
+    limits = Limits(cache_dir=tmp_path, disk_bytes=2 * one)
+    for image in images[1:]:
+        asked(model, limits, image, [15])
+    assert sum(each.stat().st_size for each in tmp_path.iterdir()) <= 2 * one
+    assert asked(model, limits, images[4], [15])[1] > 0
+    asked(model, Limits(cache_dir=tmp_path / "none", disk_bytes=0), images[4], [15])
+    assert list((tmp_path / "none").iterdir()) == []
+
+
+def test_a_cache_folder_that_cannot_be(model: pumice.Model, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be made"):
+        Engine(model.network, Limits(cache_dir=tmp_path / "file" / "cache"))

@@ -37,7 +37,7 @@ from pumice.chat_template import template_for
 from pumice.checkpoints.gguf_file import Value, open_gguf
 from pumice.checkpoints.gguf_vocab import stop_ids, tokenizer
 from pumice.conversion import Choices
-from pumice.engine import Request, Run
+from pumice.engine import Engine, Request
 from pumice.network import llava
 from pumice.prompt import Message, prompt_text, render
 from pumice.quant import QTensor
@@ -116,11 +116,11 @@ def agree(model: pumice.Model, theirs: PreTrainedModel, tolerance: float = 2e-5)
     sampling = Sampling(max_tokens=40)
     assert [model.generate(ids, sampling=sampling) for ids in prompts] == expected
     assert list(llava.generate(network, PROMPT, [], 30)) == expected[0][:30]
-    run = Run(network, [Request(ids, [], sampling) for ids in prompts])
-    together: list[list[int]] = [[] for _ in prompts]
-    while steps := run.step():
-        for step in steps:
-            together[step.row].append(step.token)
+    engine = Engine(network)
+    under_way = [engine.submit(Request(ids, [], sampling)) for ids in prompts]
+    while engine.step():
+        pass
+    together = [[step.token for step in each.steps] for each in under_way]
     assert together == expected
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import pumice
 import tiny
 from pumice import Exchange, Question, Sampling, UserError
+from pumice.engine import Engine
 from pumice.model import Model
 from pumice.network.llava import generate
 
@@ -123,17 +124,10 @@ def test_a_batch_keeps_to_its_memory(model: Model, monkeypatch: pytest.MonkeyPat
     """However few rows fit side by side, the answers are the same; a wrong question is named by its number."""
     questions = [Question(f"What {n}?", picture(n) if n % 3 else None, sampling=FEW) for n in range(5)]
     expected = [each.tokens for each in model.ask_all(questions)]
-    rows: list[int] = []
-    whole_run = pumice.model.Run
-
-    def counted(network: object, requests: list[object]) -> object:
-        rows.append(len(requests))
-        return whole_run(network, requests)
-
-    monkeypatch.setattr(pumice.model, "Run", counted)
-    monkeypatch.setattr(pumice.model, "CACHE_BYTES", 1)
+    monkeypatch.setattr(pumice.model, "WAITING", 2)
+    small = Engine(model.network, positions=max(len(model.see(each).encoded.ids) for each in questions) + 32)
+    monkeypatch.setattr(model, "engine", small)
     assert [each.tokens for each in model.ask_all(questions)] == expected
-    assert rows == [1] * 5
     with pytest.raises(UserError, match="question 2: there is no image"):
         model.ask_all([Question("a"), Question("b", "nowhere.png")])
 

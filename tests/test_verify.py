@@ -549,16 +549,16 @@ def test_each_question_is_counted(folder: Path, values: Path) -> None:
 
 def test_the_reference_s_pictures_are_encoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For its answer and for its features."""
-    seen: list[int] = []
-    encode = Llava.encode
+    seen: list[Grid] = []
+    merge = Llava.merge
 
-    def counted(self: Llava, pixels: torch.Tensor, grids: list[Grid]) -> list[torch.Tensor]:
-        seen.append(len(grids))
-        return encode(self, pixels, grids)
+    def counted(self: Llava, tiles: torch.Tensor, grid: Grid) -> torch.Tensor:
+        seen.append(grid)
+        return merge(self, tiles, grid)
 
-    monkeypatch.setattr(Llava, "encode", counted)
+    monkeypatch.setattr(Llava, "merge", counted)
     measured(Source(folder), probes(eyes=True), dtype=None, device=None)
-    assert seen == [1, 1, 1]
+    assert len(seen) == 3
 
 
 def test_a_bar_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:

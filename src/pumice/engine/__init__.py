@@ -6,21 +6,21 @@ page · E width of a head
 
 from __future__ import annotations
 
-import bisect
-import itertools
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pumice.engine.cache import Cache, image_names
+from pumice.engine.archive import Archive, model_digest
+from pumice.engine.cache import Cache
+from pumice.engine.disk import Disk
 from pumice.engine.eyes import Eyes
-from pumice.engine.sampling import Sampler, Sampling
+from pumice.engine.generation import Generation, Reason, Request, Step
+from pumice.engine.sampling import Sampling
 from pumice.engine.scheduler import Part, Row, Scheduler
 from pumice.errors import UserError
 from pumice.image import Prepared
@@ -32,10 +32,6 @@ __all__ = ["Engine", "Generation", "Limits", "Request", "Sampling", "Step", "pos
 
 PAGE = 32
 """Positions of a page."""
-ROOTS = {"short": b"short", "long": b"long"}
-"""Rows that turn by other rotary divisors share nothing."""
-
-Reason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,8 @@ class Limits:
     cache_bytes: keys and values, of rows that run and of those that may be asked about again; one row of the model's
     whole length always fits. feature_bytes: features of images. rows: so many requests run at a time. chunk: so many
     positions of a prompt are read in a step, while other rows gain tokens; alone_chunk: while none does. tiles: so many
-    tiles of images are encoded in a step, while other rows gain tokens.
+    tiles of images are encoded in a step, while other rows gain tokens. cache_dir: where what is known of images is
+    written to, and found again by a later process; None writes nothing. disk_bytes: what that folder may take.
     """
 
     cache_bytes: int = 2 * 2**30
@@ -55,72 +52,8 @@ class Limits:
     alone_chunk: int = 1024
     tiles: int = 1
     alone_tiles: int = 8
-
-
-@dataclass(frozen=True)
-class Request:
-    """The prompt's ids with image tokens expanded, the images whose features stand there, how to draw."""
-
-    ids: list[int]
-    images: list[Prepared]
-    sampling: Sampling
-
-
-@dataclass(frozen=True)
-class Step:
-    """One new token. `reason` comes with the last; `seconds` is the time of the pass that made it, which a decode step
-    shares among its rows."""
-
-    token: int
-    reason: Reason | None
-    seconds: float
-    prefill: bool
-
-
-@dataclass(eq=False)
-class Generation:
-    """A request under way, and what has come of it."""
-
-    request: Request
-    row: Row
-    sampler: Sampler
-    places: list[int]
-    """Where image tokens stand, in order."""
-    features: dict[str, Tensor] = field(default_factory=dict)
-    """Of images that the prompt's next part needs, by digest."""
-    steps: deque[Step] = field(default_factory=deque)
-    """Those that nobody has taken yet."""
-    ended: bool = False
-    error: UserError | None = None
-    encode_s: float = 0.0
-    reading_s: float = 0.0
-    """Of passes that read parts of the prompt, but the last."""
-
-    @property
-    def cached_tokens(self) -> int:
-        """Positions of the prompt that were found in the cache."""
-        return min(self.row.cached or 0, len(self.request.ids))
-
-    def shown(self, start: int, end: int) -> list[Prepared]:
-        """Images of which features stand at positions start to end."""
-        first, last = (bisect.bisect_left(self.places, each) for each in (start, end))
-        return [image for image, at, tokens in self._images() if at < last and at + tokens > first]
-
-    def features_between(self, start: int, end: int) -> list[Tensor]:
-        """Those features."""
-        first, last = (bisect.bisect_left(self.places, each) for each in (start, end))
-        return [
-            self.features[image.digest][max(0, first - at) : last - at]
-            for image, at, tokens in self._images()
-            if at < last and at + tokens > first
-        ]
-
-    def _images(self) -> Iterator[tuple[Prepared, int, int]]:
-        """Each image, which image token is its first, and how many it has."""
-        at = 0
-        for image in self.request.images:
-            yield image, at, image.grid.tokens
-            at += image.grid.tokens
+    cache_dir: Path | None = None
+    disk_bytes: int = 32 * 2**30
 
 
 class Engine:
@@ -148,6 +81,13 @@ class Engine:
             [torch.empty(shape, dtype=cache_type(network), device=self._device) for _ in range(config.layers)]
             for _ in range(2)
         )
+        self._archive: Archive | None = None
+        model = "" if limits.cache_dir is None else model_digest(network, cache_type(network), PAGE)
+        # Rows that turn by other rotary divisors share nothing.
+        self._short, self._long = (f"{kind} {model}".encode() for kind in ("short", "long"))
+        if limits.cache_dir is not None:
+            disk = Disk(limits.cache_dir, limits.disk_bytes)
+            self._archive = Archive(disk, model, self._scheduler.cache, self._keys, self._values)
         self._generations: dict[Row, Generation] = {}
         self._lock = threading.RLock()
 
@@ -160,17 +100,11 @@ class Engine:
                 f"the prompt is {len(request.ids)} tokens long; the cache has room for {self._positions}",
                 hint="send fewer or smaller images, fewer turns or less text, or give the engine more memory",
             )
-        image_id = self._network.config.image_token_id
-        places = [place for place, id in enumerate(request.ids) if id == image_id]
-        names = list(request.ids)
-        seen = itertools.chain.from_iterable(image_names(each.digest, each.grid.tokens) for each in request.images)
-        for place, name in zip(places, seen, strict=True):
-            names[place] = name
-        row = Row(names, self._root(len(names)))
-        generation = Generation(request, row, Sampler(request.sampling, request.ids), places)
+        root = self._root(len(request.ids))
+        generation = Generation.of(request, self._network.config.image_token_id, root)
         with self._lock:
-            self._generations[row] = generation
-            self._scheduler.add(row)
+            self._generations[generation.row] = generation
+            self._scheduler.add(generation.row)
         return generation
 
     @torch.inference_mode()
@@ -183,6 +117,11 @@ class Engine:
                     self._eyes.look([image], self._limits.alone_tiles)
                 found.append(features_XD)
             return found
+
+    def wait(self) -> None:
+        """Until what goes to the disk is there."""
+        if self._archive is not None:
+            self._archive.wait()
 
     def cancel(self, generation: Generation) -> None:
         """No more tokens for this request; its pages are free at once."""
@@ -248,6 +187,7 @@ class Engine:
     def _read(self, decoding: bool) -> None:
         """So much of prompts as a step may read."""
         budget = self._limits.chunk if decoding else self._limits.alone_chunk
+        self._recall()
         while budget > 0 and (part := self._scheduler.reading(budget)):
             if part.copy is not None:
                 for layer in (*self._keys, *self._values):
@@ -256,19 +196,33 @@ class Engine:
             if not self._looked(generation, part, decoding):
                 return
             self._read_part(generation, part)
+            self._recall()
             budget -= part.count
 
     def _looked(self, generation: Generation, part: Part, decoding: bool) -> bool:
         """Whether the features are there that this part of the prompt needs; the next tiles are encoded if not."""
         shown = generation.shown(part.row.done, part.row.done + part.count)
-        missing = [each for each in shown if generation.features.get(each.digest) is None]
+        missing = [each for each in shown if each.digest not in generation.features]
         if missing:
             started = time.perf_counter()
-            self._eyes.look(missing, self._limits.tiles if decoding else self._limits.alone_tiles)
+            self._look(missing, self._limits.tiles if decoding else self._limits.alone_tiles)
             generation.encode_s += time.perf_counter() - started
         found = {each.digest: self._eyes.features(each) for each in missing}
         generation.features |= {digest: features for digest, features in found.items() if features is not None}
         return all(each.digest in generation.features for each in shown)
+
+    def _look(self, images: Sequence[Prepared], most_tiles: int) -> None:
+        if self._archive is None:
+            self._eyes.look(images, most_tiles)
+            return
+        unknown = [each for each in images if self._eyes.features(each) is None]
+        for image in unknown:
+            if (features_XD := self._archive.features(image)) is not None:
+                self._eyes.put(image, features_XD.to(self._device))
+        self._eyes.look(unknown, most_tiles)
+        for image in unknown:
+            if (features_XD := self._eyes.features(image)) is not None:
+                self._archive.write_features(image, features_XD)
 
     def _read_part(self, generation: Generation, part: Part) -> None:
         started = time.perf_counter()
@@ -281,6 +235,7 @@ class Engine:
         self._scheduler.advance(row, part.count)
         if last:
             generation.features.clear()
+            self._write(generation)
             self._draw(generation, self._network.logits(hidden_1KD[0, -1]), started, prefill=row.new == 0)
         else:
             generation.reading_s += time.perf_counter() - started
@@ -318,6 +273,34 @@ class Engine:
         elif self._root(len(row.names)) != row.root:
             self._scheduler.read_again(row, self._root(len(row.names)))
 
+    # --- the disk -----------------------------------------------------------------------------------------------------
+
+    def _recall(self) -> None:
+        """Of the row that is admitted next, what an earlier process has read, up to its last image or an earlier."""
+        row = self._scheduler.next
+        if self._archive is None or row is None or row.cached is not None:
+            return
+        generation = self._generations[row]
+        while generation.image_ends:
+            end = generation.image_ends.pop() // PAGE * PAGE
+            if self._archive.recall(row.names[:end], row.root):
+                generation.image_ends.clear()
+
+    def _write(self, generation: Generation) -> None:
+        """Pages up to the last image go to the disk."""
+        count = (generation.places[-1] + 1) // PAGE if generation.places else 0
+        keys, pages = generation.row.keys[:count], generation.row.pages[:count]
+        if self._archive is None or not keys or self._archive.has(keys[-1]):
+            return
+        cache = self._scheduler.cache
+        cache.hold(pages)
+
+        def done() -> None:
+            with self._lock:
+                cache.release(pages)
+
+        self._archive.write(keys, pages, done)
+
     # --- ends and places ----------------------------------------------------------------------------------------------
 
     def _end(self, generation: Generation) -> None:
@@ -333,7 +316,7 @@ class Engine:
     def _root(self, length: int) -> bytes:
         """The key that a row of this length begins with."""
         switch = self._network.config.text.rotary.switch
-        return ROOTS["long" if switch is not None and length > switch else "short"]
+        return self._long if switch is not None and length > switch else self._short
 
     def _pages(self, rows: Sequence[Row]) -> Pages:
         most = max(len(row.pages) for row in rows)

@@ -122,6 +122,17 @@ class Cache:
                 best = page, same
         return best
 
+    def keys(self, names: Sequence[int], root: bytes) -> list[bytes]:
+        """Of the full pages that a row has."""
+        found: list[bytes] = []
+        for at in range(0, len(names) - self.size + 1, self.size):
+            found.append(page_key(found[-1] if found else root, names[at : at + self.size]))
+        return found
+
+    def knows(self, key: bytes) -> bool:
+        """Whether a full page has this key."""
+        return key in self._by_key
+
     def keep(self, page: int, parent: bytes, names: Sequence[int]) -> bytes:
         """From now on a held page can be found by these names, which must stay; what follows them may be written yet.
         Given is its key, by which a full page is the parent of the next. Where another page holds the same, that one
@@ -138,6 +149,11 @@ class Cache:
         if full:
             self._by_key[key] = page
         return key
+
+    def hold(self, pages: Sequence[int]) -> None:
+        """One more holds these pages, which are held already."""
+        for page in pages:
+            self._hold(page)
 
     def release(self, pages: Sequence[int]) -> None:
         """A row no longer holds these pages, given in the row's order. Its end is given away before its beginning."""

@@ -74,6 +74,12 @@ class Scheduler:
     def waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def next(self) -> Row | None:
+        """The row that will be admitted next, if there is a place for it."""
+        reads = any(each.reads for each in self._running)
+        return self._waiting[0] if self._waiting and not reads and len(self._running) < self._most_rows else None
+
     def fits(self, positions: int) -> bool:
         """Whether a row so long can run, if it must alone."""
         return self._pages_of(positions) <= self.cache.count
@@ -112,7 +118,7 @@ class Scheduler:
         row = next((each for each in self._running if each.reads), None)
         if row is not None and row.pages:
             return Part(row, min(most, row.left))
-        row = row or self._next()
+        row = row or self.next
         return None if row is None else self._admit(row, most)
 
     def advance(self, row: Row, count: int) -> None:
@@ -130,9 +136,6 @@ class Scheduler:
         """All of a running row is to be read anew, as one of this root."""
         self._release(row)
         row.root = root
-
-    def _next(self) -> Row | None:
-        return self._waiting[0] if self._waiting and len(self._running) < self._most_rows else None
 
     def _admit(self, row: Row, most: int) -> Part | None:
         """Only if there are pages for all of it, and one more for each row that runs."""

@@ -1,0 +1,106 @@
+"""Pages and features of images, written to a disk and read again by a later process.
+
+N pages · K key/value heads · S positions of a page · E width of a head · D width of the language model
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pumice.checkpoints.safetensors_writer import Weight
+from pumice.engine.cache import Cache
+from pumice.engine.disk import Disk
+from pumice.image import Prepared
+from pumice.network.llava import Llava
+from pumice.quant import QTensor
+
+SAMPLES = 64
+"""So many rows of each tensor tell one model's weights from another's."""
+
+
+def model_digest(network: Llava, *others: object) -> str:
+    """Of the config, of a sample of each tensor, and of what else keys and values depend on. Weights that differ in
+    single rows alone may be taken for the same."""
+    digest = hashlib.blake2b(repr((network.config, *others)).encode(), digest_size=16)
+    for name, module in sorted(network.named_modules()):
+        for field in ("weight", "bias", "image_newline"):
+            values = vars(module).get(field, module._parameters.get(field))
+            if isinstance(values, QTensor | Tensor):
+                digest.update(f"{name}.{field} {tuple(values.shape)}".encode() + _sample(values))
+    return digest.hexdigest()
+
+
+def _sample(values: Tensor | QTensor) -> bytes:
+    rows = values.data_RB if isinstance(values, QTensor) else values.detach().reshape(len(values), -1)
+    chosen = rows[:: max(1, len(rows) // SAMPLES)].to("cpu").contiguous()
+    return bytes(chosen.flatten().view(torch.uint8).numpy().data)
+
+
+class Archive:
+    """The cache's images on a disk."""
+
+    def __init__(self, disk: Disk, model: str, cache: Cache, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """model: its digest. keys, values: of each layer, (N, K, S, E)."""
+        self._disk, self._model, self._cache = disk, model, cache
+        self._layers = {f"{what}.{layer}": each for what, all in (("keys", keys), ("values", values))
+                        for layer, each in enumerate(all)}  # fmt: skip
+
+    def recall(self, names: Sequence[int], root: bytes) -> bool:
+        """The pages of a row's beginning come back, if they were written and there is room. Whether they can be found
+        now."""
+        keys = self._cache.keys(names, root)
+        if not keys or self._cache.knows(keys[-1]):
+            return bool(keys)
+        if self._cache.available < len(keys):
+            return False
+        found = self._disk.load(keys[-1].hex())
+        shapes = {name: (len(keys), *each.shape[1:]) for name, each in self._layers.items()}
+        if found is None or {name: tuple(each.shape) for name, each in found.items()} != shapes:
+            return False
+        pages = [self._cache.take() for _ in keys]
+        for name, layer in self._layers.items():
+            layer[pages] = found[name].to(layer.device)
+        for at, (page, parent) in enumerate(zip(pages, [root, *keys])):
+            self._cache.keep(page, parent, names[at * self._cache.size : (at + 1) * self._cache.size])
+        self._cache.release(pages)
+        return True
+
+    def write(self, keys: Sequence[bytes], pages: Sequence[int], done: Callable[[], None]) -> None:
+        """The pages, by the key of the last; they must stay as they are until `done` is called."""
+        weights = {
+            name: Weight((len(pages), *each.shape[1:]), each.dtype, functools.partial(_of_pages, each, pages))
+            for name, each in self._layers.items()
+        }
+        self._disk.save(keys[-1].hex(), weights, done)
+
+    def has(self, key: bytes) -> bool:
+        """Whether pages that end with this one are there, or on their way."""
+        return self._disk.has(key.hex())
+
+    def features(self, image: Prepared) -> Tensor | None:
+        """(image.grid.tokens, D), if they were written."""
+        found = self._disk.load(self._name(image)) or {}
+        features_XD = found.get("features")
+        fits = features_XD is not None and len(features_XD) == image.grid.tokens
+        return features_XD if fits else None
+
+    def write_features(self, image: Prepared, features_XD: Tensor) -> None:
+        if not self._disk.has(self._name(image)):
+            weight = Weight(tuple(features_XD.shape), features_XD.dtype, lambda: features_XD)
+            self._disk.save(self._name(image), {"features": weight}, lambda: None)
+
+    def wait(self) -> None:
+        """Until all is written."""
+        self._disk.wait()
+
+    def _name(self, image: Prepared) -> str:
+        return hashlib.blake2b(f"{self._model} {image.digest}".encode(), digest_size=32).hexdigest()
+
+
+def _of_pages(layer_NKSE: Tensor, pages: Sequence[int]) -> Tensor:
+    return layer_NKSE[list(pages)]

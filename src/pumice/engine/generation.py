@@ -1,0 +1,99 @@
+"""A request under way: what was asked, which images its prompt needs next, and what has come of it."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from pumice.engine.cache import image_names
+from pumice.engine.sampling import Sampler, Sampling
+from pumice.engine.scheduler import Row
+from pumice.errors import UserError
+from pumice.image import Prepared
+
+Reason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """The prompt's ids with image tokens expanded, the images whose features stand there, how to draw."""
+
+    ids: list[int]
+    images: list[Prepared]
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class Step:
+    """One new token. `reason` comes with the last; `seconds` is the time of the pass that made it, which a decode step
+    shares among its rows."""
+
+    token: int
+    reason: Reason | None
+    seconds: float
+    prefill: bool
+
+
+@dataclass(eq=False)
+class Generation:
+    """A request under way, and what has come of it."""
+
+    request: Request
+    row: Row
+    sampler: Sampler
+    places: list[int]
+    """Where image tokens stand, in order."""
+    image_ends: list[int]
+    """Lengths of the prompt up to the end of each image, which the disk may have."""
+    features: dict[str, Tensor] = field(default_factory=dict)
+    """Of images that the prompt's next part needs, by digest."""
+    steps: deque[Step] = field(default_factory=deque)
+    """Those that nobody has taken yet."""
+    ended: bool = False
+    error: UserError | None = None
+    encode_s: float = 0.0
+    reading_s: float = 0.0
+    """Of passes that read parts of the prompt, but the last."""
+
+    @classmethod
+    def of(cls, request: Request, image_id: int, root: bytes) -> Generation:
+        """image_id: the token that stands for a feature. root: the key of the empty row."""
+        places = [place for place, id in enumerate(request.ids) if id == image_id]
+        names, sizes = list(request.ids), [each.grid.tokens for each in request.images]
+        seen = itertools.chain.from_iterable(image_names(each.digest, each.grid.tokens) for each in request.images)
+        for place, name in zip(places, seen, strict=True):
+            names[place] = name
+        ends = [places[size - 1] + 1 for size in itertools.accumulate(sizes)]
+        return cls(request, Row(names, root), Sampler(request.sampling, request.ids), places, ends)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Positions of the prompt that were found in the cache."""
+        return min(self.row.cached or 0, len(self.request.ids))
+
+    def shown(self, start: int, end: int) -> list[Prepared]:
+        """Images of which features stand at positions start to end."""
+        first, last = (bisect.bisect_left(self.places, each) for each in (start, end))
+        return [image for image, at, tokens in self._images() if at < last and at + tokens > first]
+
+    def features_between(self, start: int, end: int) -> list[Tensor]:
+        """Those features."""
+        first, last = (bisect.bisect_left(self.places, each) for each in (start, end))
+        return [
+            self.features[image.digest][max(0, first - at) : last - at]
+            for image, at, tokens in self._images()
+            if at < last and at + tokens > first
+        ]
+
+    def _images(self) -> Iterator[tuple[Prepared, int, int]]:
+        """Each image, which image token is its first, and how many it has."""
+        at = 0
+        for image in self.request.images:
+            yield image, at, image.grid.tokens
+            at += image.grid.tokens
