@@ -33,10 +33,12 @@ def ran(program: str, *arguments: object) -> bytes:
 
 
 def continued(path: Path) -> bytes:
-    """The greedy words that llama.cpp puts behind the prompt, in float32."""
+    """The greedy words that llama.cpp puts behind the prompt, in float32. On a busy machine it now and then leaves
+    before all is printed, so the longest of three counts."""
     exact = ["-ctk", "f32", "-ctv", "f32", "-fa", "off"]
     plain = ["-no-cnv", "--no-warmup", "--no-display-prompt", "--temp", "0", "-t", "1", "-c", "512"]
-    return ran("llama-completion", "-m", path, "-p", PROMPT, "-n", TOKENS, *plain, *exact).strip()
+    asked = ["-m", path, "-p", PROMPT, "-n", TOKENS]
+    return max((ran("llama-completion", *asked, *plain, *exact).strip() for _ in range(3)), key=len)
 
 
 def said(model: pumice.model.Model, tokens: tuple[int, ...]) -> bytes:
@@ -68,6 +70,7 @@ def wide_model(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("unrounded")
 @pytest.mark.parametrize("mix", ["Q4_0", "Q8_0", "Q5_1", "Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "IQ4_NL"])
 def test_what_llama_quantize_writes(mix: str, tmp_path: Path) -> None:
     """It loads, in blocks; the bytes are pumice's own; the logits are those of the dequantised weights."""
@@ -80,7 +83,7 @@ def test_what_llama_quantize_writes(mix: str, tmp_path: Path) -> None:
     for name, each in blocks.items():
         if each.format.name != "IQ4_NL":
             expected = packing.quantised(source.tensors[name].float(), each.format)
-            assert torch.equal(each.data_RB, expected.data_RB), name
+            assert torch.equal(each.in_order().data_RB, expected.data_RB), name
     ids = torch.arange(3, 40)[None]
     assert torch.equal(logits(path, ids), logits(path, ids, dense=by_package(path)))
 
