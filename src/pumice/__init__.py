@@ -6,10 +6,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pumice.answer import Answer
     from pumice.conversion import convert
     from pumice.engine.sampling import Sampling
     from pumice.errors import UserError
-    from pumice.model import Answer, Chat, Model, load
+    from pumice.model import Chat, Model, load
     from pumice.question import Exchange, Question
     from pumice.tasks.card import Card
     from pumice.tasks.verify import save_values, verify
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Answer": "pumice.answer",
     "Card": "pumice.tasks.card",
     "Exchange": "pumice.question",
     "Question": "pumice.question",

@@ -19,7 +19,8 @@ from pumice.errors import UserError, shortened
 from pumice.prompt import IMAGE_MARK, TEMPLATES
 
 if TYPE_CHECKING:
-    from pumice.model import Answer, Model
+    from pumice.answer import Answer
+    from pumice.model import Model
     from pumice.question import Question, Seen
 
 PROMPT = "describe the image in detail."

@@ -27,7 +27,8 @@ from pumice.cli.terminal import busy
 from pumice.errors import UserError
 
 if TYPE_CHECKING:
-    from pumice.model import Answer, Model
+    from pumice.answer import Answer
+    from pumice.model import Model
     from pumice.question import Question
 
 Temperature = Annotated[float, typer.Option("--temperature", help="0 takes the best token each time.")]

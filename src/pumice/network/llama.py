@@ -70,9 +70,8 @@ class Attention(nn.Module):
         if batch.pages is None:
             mixed_BHTE = ops.attention(q_BHTE, k_BKTE, v_BKTE, batch.mask_BTS, causal=batch.causal)
         else:
-            mixed_BHTE = ops.attention_in_pages(
-                q_BHTE, k_BKTE, v_BKTE, batch.pages, self.layer, batch.positions_BT, self.window
-            )
+            kept = batch.pages.of(self.layer)
+            mixed_BHTE = ops.attention_in_pages(q_BHTE, k_BKTE, v_BKTE, kept, batch.positions_BT, self.window)
         return self.o_proj(mixed_BHTE.transpose(1, 2).flatten(2))
 
     def _heads(self, x_BTX: Tensor) -> Tensor:

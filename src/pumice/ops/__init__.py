@@ -18,7 +18,7 @@ from pumice import packing
 from pumice.errors import UserError, nearest
 from pumice.ops import cpu, fused, library, reference
 from pumice.ops.cpu import Blocks, BlocksShape, BlockWeights
-from pumice.ops.pages import Pages
+from pumice.ops.pages import LayerPages, Pages
 from pumice.ops.reference import rotary
 from pumice.quant import FORMATS, Format, QTensor
 
@@ -119,13 +119,13 @@ def attention(
 
 
 def attention_in_pages(
-    q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, pages: Pages, layer: int, positions_BT: Tensor, window: int | None
+    q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, pages: LayerPages, positions_BT: Tensor, window: int | None
 ) -> Tensor:
     """New keys and values go to their pages; then see `reference.attention_in_pages`."""
-    reference.put(k_BKTE, v_BKTE, pages, layer, positions_BT)
-    if _by_kernels(q_BHTE) and q_BHTE.shape[3] % 8 == 0 and pages.keys[layer].dtype in cpu.KEY_TYPES:
-        return cpu.attention_in_pages(q_BHTE.float(), pages, layer, positions_BT, window).to(q_BHTE.dtype)
-    k_BKSE, v_BKSE, mask_BTS = reference.rows_of(pages, layer, positions_BT, window)
+    reference.put(k_BKTE, v_BKTE, pages, positions_BT)
+    if _by_kernels(q_BHTE) and q_BHTE.shape[3] % 8 == 0 and pages.keys.dtype in cpu.KEY_TYPES:
+        return cpu.attention_in_pages(q_BHTE.float(), pages, positions_BT, window).to(q_BHTE.dtype)
+    k_BKSE, v_BKSE, mask_BTS = reference.rows_of(pages, positions_BT, window)
     return _backend().attention(q_BHTE, k_BKSE.to(q_BHTE.dtype), v_BKSE.to(q_BHTE.dtype), mask_BTS, causal=False)
 
 

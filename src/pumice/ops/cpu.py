@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pumice.ops import sizes
 from pumice.ops.library import CAttention, CBlock, CMatrix, CPages, CPass, instruction_set, library
-from pumice.ops.pages import Pages
+from pumice.ops.pages import LayerPages, Pages
 from pumice.quant import FORMATS, Format, QTensor
 
 KEY_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -181,17 +181,17 @@ def attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask_BTS: Tensor |
     return _attended(q_BHTE, pages, k_BKSE.shape[1], _Sight(positions, places_BT, mask), table_R1)
 
 
-def attention_in_pages(q_BHTE: Tensor, pages: Pages, layer: int, positions_BT: Tensor, window: int | None) -> Tensor:
+def attention_in_pages(q_BHTE: Tensor, pages: LayerPages, positions_BT: Tensor, window: int | None) -> Tensor:
     """`reference.attention_in_pages` of float32 queries over keys and values of any type in KEY_TYPES."""
     sizes.plain(q_BHTE)
     rows, heads, tokens, width = q_BHTE.shape
-    keys_NKSE, values_NKSE = pages.keys[layer], pages.values[layer]
-    sizes.heads(heads, keys_NKSE.shape[1], width)
-    sizes.pages([keys_NKSE, values_NKSE], (keys_NKSE.shape[1], width))
+    kv_heads = pages.keys.shape[1]
+    sizes.heads(heads, kv_heads, width)
+    sizes.pages([pages.keys, pages.values], (kv_heads, width))
     table_RP, places_BT = pages.table_RP.contiguous(), positions_BT.expand(rows, tokens).contiguous()
-    sizes.places(table_RP, places_BT, keys_NKSE)
+    sizes.places(table_RP, places_BT, pages.keys)
     sight = _Sight(int(places_BT.max()) + 1, places_BT, None, window or 0)
-    return _attended(q_BHTE, _pages(keys_NKSE, values_NKSE, table_RP), keys_NKSE.shape[1], sight, table_RP)
+    return _attended(q_BHTE, _pages(pages.keys, pages.values, table_RP), kv_heads, sight, table_RP)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,15 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class LayerPages:
+    """Keys and values of one layer, (N, K, S, E) each, and the pages of each row."""
+
+    keys: Tensor
+    values: Tensor
+    table_RP: Tensor
+
+
+@dataclass(frozen=True)
 class Pages:
     """Where a pass finds the keys and values of its rows, and puts new ones.
 
@@ -22,3 +31,6 @@ class Pages:
     keys: Sequence[Tensor]
     values: Sequence[Tensor]
     table_RP: Tensor
+
+    def of(self, layer: int) -> LayerPages:
+        return LayerPages(self.keys[layer], self.values[layer], self.table_RP)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pumice.config import Rotary
-from pumice.ops.pages import Pages
+from pumice.ops.pages import LayerPages
 
 
 def linear(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
@@ -81,33 +81,33 @@ def attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask_BTS: Tensor |
     return scores_BHTS.softmax(-1, dtype=torch.float32).to(v_BKSE.dtype) @ v_BHSE
 
 
-def put(k_BKTE: Tensor, v_BKTE: Tensor, pages: Pages, layer: int, positions_BT: Tensor) -> None:
-    """Keys and values of a layer to their places in the pages."""
-    size = pages.keys[layer].shape[2]
+def put(k_BKTE: Tensor, v_BKTE: Tensor, pages: LayerPages, positions_BT: Tensor) -> None:
+    """Keys and values to their places in the pages."""
+    size = pages.keys.shape[2]
     page_BT = pages.table_RP.gather(1, positions_BT // size)
-    for kept_NKSE, new_BKTE in ((pages.keys[layer], k_BKTE), (pages.values[layer], v_BKTE)):
+    for kept_NKSE, new_BKTE in ((pages.keys, k_BKTE), (pages.values, v_BKTE)):
         kept_NKSE[page_BT, :, positions_BT % size] = new_BKTE.transpose(1, 2).to(kept_NKSE.dtype)
 
 
-def rows_of(pages: Pages, layer: int, positions_BT: Tensor, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values of a layer as rows, (B, K, S, E) each, and the mask of `attention`: a query sees its row up to
-    its own position, `window` positions at most."""
+def rows_of(pages: LayerPages, positions_BT: Tensor, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values as rows, (B, K, S, E) each, and the mask of `attention`: a query sees its row up to its own
+    position, `window` positions at most."""
     reach = int(positions_BT.max()) + 1
     places_S = torch.arange(reach, device=positions_BT.device)
     mask_BTS = places_S <= positions_BT[..., None]
     # What no query of the row sees may be anything, and nothing times that may be no number.
     unseen_B1S1 = ~mask_BTS.any(1)[:, None, :, None]
     keys, values = (
-        _row(each[layer], pages.table_RP, reach).masked_fill(unseen_B1S1, 0) for each in (pages.keys, pages.values)
+        _row(each_NKSE, pages.table_RP, reach).masked_fill(unseen_B1S1, 0) for each_NKSE in (pages.keys, pages.values)
     )
     if window is not None:
         mask_BTS = mask_BTS & (places_S > positions_BT[..., None] - window)
     return keys, values, mask_BTS
 
 
-def attention_in_pages(q_BHTE: Tensor, pages: Pages, layer: int, positions_BT: Tensor, window: int | None) -> Tensor:
+def attention_in_pages(q_BHTE: Tensor, pages: LayerPages, positions_BT: Tensor, window: int | None) -> Tensor:
     """`attention` of each query over its row up to its own position: (B, H, T, E)."""
-    k_BKSE, v_BKSE, mask_BTS = rows_of(pages, layer, positions_BT, window)
+    k_BKSE, v_BKSE, mask_BTS = rows_of(pages, positions_BT, window)
     return attention(q_BHTE, k_BKSE.to(q_BHTE.dtype), v_BKSE.to(q_BHTE.dtype), mask_BTS, causal=False)
 
 

@@ -1,0 +1,153 @@
+"""An answer: while it comes, and when it has come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pumice.decoding import StopText, TextStream
+from pumice.engine import Engine, Generation, Request, Step
+from pumice.errors import UserError
+from pumice.question import Seen
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds of each phase, and the rate of the decode steps."""
+
+    encode_s: float
+    """Reading the images and running the vision tower."""
+    prefill_s: float
+    decode_s: float
+    decoded_tokens: int
+    """New tokens after the first, which the prefill gave."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.decoded_tokens / self.decode_s if self.decode_s else 0.0
+
+    @property
+    def total_s(self) -> float:
+        return self.encode_s + self.prefill_s + self.decode_s
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The text, and how it came about. `str(answer)` is the text."""
+
+    text: str
+    tokens: tuple[int, ...]
+    """New token ids, the end token included when it came."""
+    finish_reason: Literal["stop", "length"]
+    prompt_tokens: int
+    """Length of the prompt, image tokens included."""
+    cached_tokens: int
+    """Of these, what was in the cache from earlier questions and was not read again."""
+    image_tokens: tuple[int, ...]
+    """Tokens of each image."""
+    timings: Timings
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Answering:
+    """One question under way: its generation, and its answer as far as it has come."""
+
+    def __init__(
+        self, engine: Engine, request: Request, seen: Seen, text: TextStream, stops: Sequence[str], prepare_s: float
+    ) -> None:
+        """text: of the tokens to come. stops: texts that end the answer. prepare_s: what it took to read the images."""
+        self.request, self.seen, self._engine, self._prepare_s = request, seen, engine, prepare_s
+        self._text, self._stops = text, StopText(stops)
+        self._generation: Generation | None = None
+        self._steps: list[Step] = []
+        self._pieces: list[str] = []
+        self._held = ""
+        self.stopped = False
+
+    def start(self) -> None:
+        """From now on the engine works on it."""
+        if self._generation is None:
+            self._generation = self._engine.submit(self.request)
+
+    def cancel(self) -> None:
+        if self._generation is not None:
+            self._engine.cancel(self._generation)
+
+    @property
+    def ended(self) -> bool:
+        """Whether its last token was taken. Raises what it failed with."""
+        generation = self._generation
+        if generation is None or not generation.ended or generation.steps:
+            return False
+        if generation.error is not None:
+            raise generation.error
+        return True
+
+    def pieces(self) -> Iterator[str]:
+        """The answer's text as it comes; begins it where that was not done. One that is not read on is cancelled."""
+        self.start()
+        try:
+            while not self.ended:
+                piece = self.take()
+                if piece:
+                    yield piece
+                else:
+                    self._engine.step()
+        finally:
+            self.cancel()
+
+    def take(self) -> str:
+        """The text that has come since."""
+        assert self._generation is not None, "the question was not started"
+        text = ""
+        while self._generation.steps and not self.stopped:
+            text += self._push(self._generation.steps.popleft())
+        if self.stopped:
+            self.cancel()
+            self._generation.steps.clear()
+        return text
+
+    def _push(self, step: Step) -> str:
+        """The text that this token completes; often a word, sometimes nothing yet."""
+        self._steps.append(step)
+        text = self._text.push(step.token)
+        if step.reason is not None:
+            text += self._text.finish()
+        emitted, self.stopped = self._stops.push(text)
+        if step.reason is not None and not self.stopped:
+            emitted += self._stops.finish()
+        return self._trimmed(emitted)
+
+    def _trimmed(self, text: str) -> str:
+        """Text without the answer's outer white space: at the end it is held back until something follows it."""
+        text = self._held + text
+        if not self._pieces:
+            text = text.lstrip()
+        kept = text.rstrip()
+        self._held = text[len(kept) :] if kept or self._pieces else ""
+        if kept:
+            self._pieces.append(kept)
+        return kept
+
+    def answer(self) -> Answer:
+        if not self._steps or self._generation is None:
+            raise UserError("there is no answer: its first token never came", hint="the error before says why")
+        prefill_s = sum(step.seconds for step in self._steps if step.prefill)
+        decode_s = sum(step.seconds for step in self._steps if not step.prefill)
+        return Answer(
+            text="".join(self._pieces),
+            tokens=tuple(step.token for step in self._steps),
+            finish_reason="stop" if self.stopped or self._steps[-1].reason == "stop" else "length",
+            prompt_tokens=len(self.request.ids),
+            cached_tokens=self._generation.cached_tokens,
+            image_tokens=tuple(each.grid.tokens for each in self.seen.images),
+            timings=Timings(
+                self._prepare_s + self._generation.encode_s,
+                prefill_s,
+                decode_s,
+                sum(not step.prefill for step in self._steps),
+            ),
+        )
