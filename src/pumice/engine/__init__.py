@@ -129,11 +129,14 @@ class Run:
     """Several requests answered together; each gets the tokens that it would get alone.
 
     A row ends with an end token (reason `stop`), or at its `max_tokens` or the model's last position (`length`).
+    Raises UserError for settings that name tokens which the model does not have.
     """
 
     def __init__(self, model: Llava, requests: Sequence[Request]) -> None:
         self._model = model
         self._device = model.like.device
+        for each in requests:
+            each.sampling.check_vocabulary(model.config.text.vocab)
         self._cache = RowCache(model, len(requests))
         self._cache.widen(max((len(each.ids) for each in requests), default=0))
         self._rows = [
@@ -193,10 +196,10 @@ class Run:
         return self._model.logits(hidden_B1D[:, 0])
 
     def _advance(self, row: _Row, logits_V: Tensor, started: float, *, prefill: bool) -> Step:
-        token = row.sampler.draw(logits_V)
+        token = row.sampler.draw(logits_V).token
         row.new_ids.append(token)
         reason: Reason | None = None
-        if token in self._model.config.stop_ids:
+        if token in self._model.config.stop_ids or token in row.request.sampling.stop_ids:
             reason = "stop"
         elif len(row.new_ids) >= row.request.sampling.max_tokens or row.length >= self._model.config.text.max_positions:
             reason = "length"
