@@ -24,7 +24,7 @@ def penalised(scores_V: Tensor, ids_M: Tensor, counts_M: Tensor, sampling: Sampl
     """Scores with the penalties on the tokens of a row, of which `counts_M` were generated; ids past the vocabulary are
     left out.
 
-    Repetition: Keskar et al. 2019, section 4.1, in Transformers' form, which multiplies negative scores. Frequency and
+    Repetition: Keskar et al. 2019, in Transformers' form, which multiplies negative scores. Frequency and
     presence: OpenAI's, score - count * frequency - (count > 0) * presence.
     """
     within = ids_M < len(scores_V)
@@ -73,11 +73,12 @@ def min_p(scores_N: Tensor, share: float) -> Tensor:
 
 def typical_p(scores_N: Tensor, mass: float) -> Tensor:
     """Places of the tokens whose surprise is nearest to the expected one, the entropy, until they have this much
-    probability, and of what is as near as the last of them (Meister et al. 2022)."""
-    logs_N = scores_N.log_softmax(-1)
-    chances_N = logs_N.exp()
-    entropy = -(chances_N * logs_N).nansum()
-    nearness_N = -(logs_N + entropy).abs()
+    probability, and of what is as near as the last of them (Meister et al. 2022).
+
+    Both are log(sum(exp(scores))) less a score, or less the expected score: the first part cancels.
+    """
+    chances_N = scores_N.softmax(-1)
+    nearness_N = -(scores_N - (chances_N * scores_N).nansum()).abs()
     return _where(nearness_N >= nearness_N[_reaching(nearness_N, chances_N, mass)].min())
 
 
@@ -119,6 +120,6 @@ def log_probabilities(scores_V: Tensor, token: int, count: int) -> tuple[float, 
     count = min(count, len(logs_V))
     if count == 0:
         return float(logs_V[token]), ()
-    ids_M = top_k(logs_V, count)
-    ids_M = ids_M[logs_V[ids_M].argsort(descending=True, stable=True)][:count]
+    ids_M = top_k(scores_V, count)
+    ids_M = ids_M[scores_V[ids_M].argsort(descending=True, stable=True)][:count]
     return float(logs_V[token]), tuple(zip(ids_M.tolist(), logs_V[ids_M].tolist()))
