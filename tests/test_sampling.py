@@ -469,7 +469,7 @@ MANY = dict.fromkeys(range(1_000_000), 0.0)
         {"logit_bias": MANY}, {"logit_bias": EndlessPairs()}, {"logit_bias": Endless()}, {"logit_bias": None},
         {"logit_bias": 5}, {"logit_bias": "ab"}, {"logit_bias": [5]}, {"logit_bias": [(1, 2, 3)]},
         {"logit_bias": [(1, 2.0), (1, 3.0)]}, {"logit_bias": itertools.count()}, {"logit_bias": [([], 1.0)]},
-        {"logit_bias": dict.fromkeys(range(MAX_BIASES + 1), 0.0)},
+        {"logit_bias": dict.fromkeys(range(MAX_BIASES + 1), 0.0)}, {"stop_ids": ""}, {"logit_bias": ""}, {"stop": b""},
     ],
     ids=lambda wrong: next(iter(wrong)),
 )  # fmt: skip

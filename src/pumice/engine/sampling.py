@@ -107,7 +107,7 @@ def _check(name: str, value: float, low: float, high: float) -> None:
 
 def _few(name: str, given: object, most: int, what: str) -> tuple:
     """A list as a tuple, of which no more is read than may be there."""
-    if not isinstance(given, Sequence) or isinstance(given, str):
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes):
         raise UserError(f"{name} is {_said(given)}", hint=f"give a list of {what}")
     entries = tuple(islice(given, most + 1))
     if len(entries) > most:
