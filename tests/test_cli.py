@@ -257,12 +257,28 @@ def test_a_typed_image_mark(command: Command, folder: Path, photo: Path) -> None
     ("arguments", "word"),
     [
         (["--temperature", "nan"], "temperature"), (["--max-tokens", "0"], "max_tokens"), (["--top-p", "2"], "top_p"),
+        (["--typical-p", "nan"], "typical_p"), (["--presence-penalty", "-3"], "presence_penalty"),
+        (["--frequency-penalty", "inf"], "frequency_penalty"),
         (["--template", "vicunna_v1"], "vicuna_v1"), (["--dtype", "float12"], "float12"),
         (["--device", "abacus"], "abacus"),
     ],
 )  # fmt: skip
 def test_bad_options(command: Command, folder: Path, arguments: list[str], word: str) -> None:
     refused(command("run", folder, "Hi", *arguments), word)
+
+
+def test_drawing_follows_its_options(command: Command, folder: Path) -> None:
+    """Each option reaches its setting: one answer of all, other ones without any of them."""
+    chosen = {
+        "temperature": 1.5, "top_k": 50, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.8, "repetition_penalty": 1.2,
+        "presence_penalty": -2.0, "frequency_penalty": 1.5, "seed": 3, "max_tokens": 40,
+    }  # fmt: skip
+    words = [word for name, value in chosen.items() for word in (f"--{name.replace('_', '-')}", value)]
+    expected = pumice.load(folder).ask("Hi", sampling=Sampling(**chosen)).text
+    assert command("run", folder, "Hi", *words).out == expected + "\n"
+    for name in ("typical_p", "presence_penalty", "frequency_penalty"):
+        less = {key: value for key, value in chosen.items() if key != name}
+        assert pumice.load(folder).ask("Hi", sampling=Sampling(**less)).text != expected
 
 
 def test_an_unknown_option_is_a_usage_error(command: Command, folder: Path) -> None:

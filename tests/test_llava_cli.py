@@ -231,6 +231,8 @@ def test_a_name_has_one_meaning() -> None:
         ("-n 5 --n_predict 6 --seed 4294967295 --no-escape", Given(new_tokens=6, escape=False)),
         ("-s 7 --top-k 3 --top-p 0.5 --min-p 0 --repeat-penalty 1.1",
          Given(seed=7, top_k=3, top_p=0.5, min_p=0.0, penalty=1.1)),
+        ("--typical 0.8 --presence-penalty 0.5 --frequency-penalty -0.5 -l 7+1 --logit-bias 9-inf -l 8-2",
+         Given(typical_p=0.8, presence_penalty=0.5, frequency_penalty=-0.5, biases=((7, 1.0), (9, -100.0), (8, -2.0)))),
         ("--image a,b --image c -p -x", Given(images=("a", "b", "c"), prompt="-x")),
         ("--predict 4 --gpu-layers 0 --ctx-size 0 --chat-template vicuna --temperature 0 --threads -1",
          Given(new_tokens=4, gpu_layers=0, template="vicuna", temperature=0.0, threads=-1)),
@@ -273,6 +275,12 @@ def test_flags_that_are_refused(name: str) -> None:
         (["-t", "100000"], "-t is '100000'"),
         (["--temp", "warm"], "--temp is 'warm'"),
         (["-s", "-2"], "-s is '-2'"),
+        (["-l", "7"], "-l is '7'"),
+        (["-l", "-7+1"], "-l is '-7+1'"),
+        (["-l", "7+much"], "-l is '7+much'"),
+        (["-l", "7+1000"], "logit_bias of token 7 is 1000.0"),
+        (["-l", "7+nan"], "logit_bias of token 7 is nan"),
+        (["-l", "999999+1"], "logit_bias names token 999999"),
     ],
 )
 def test_flags_that_are_wrong(words: list[str], said: str, cli: Cli) -> None:
@@ -306,9 +314,11 @@ def test_where_flags_go(models: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch)
 def test_drawing_follows_its_flags(models: Path, cli: Cli) -> None:
     path = models / "1.5" / "lm.gguf"
     words = ["-m", path, "-p", "Hi", "-n", "12", "--temp", "1.5", "--top-k", "50", "--top-p", "0.9", "--min-p", "0.01"]
-    words += ["--repeat-penalty", "1.2", "-s"]
+    words += ["--repeat-penalty", "1.2", "--typical", "0.8", "--presence-penalty", "1.5", "--frequency-penalty", "1.2"]
+    words += ["-l", "9+3.5", "-s"]
     first, other = cli(*words, 1), cli(*words, 2)
-    drawn = Sampling(1.5, 50, 0.9, 0.01, 1.2, 1, STOPS, 12)
+    added = {"typical_p": 0.8, "presence_penalty": 1.5, "frequency_penalty": 1.2, "logit_bias": {9: 3.5}}
+    drawn = Sampling(1.5, 50, 0.9, 0.01, 1.2, 1, STOPS, 12, **added)
     prompt = f"{SENTENCE}\nUSER:Hi\nASSISTANT:"
     assert first.out == pumice.load(path, template="plain").ask(prompt, sampling=drawn, raw=True).text + "\n"
     assert first.out != other.out

@@ -120,6 +120,17 @@ def test_a_batch_with_its_own_settings_a_row(model: Model) -> None:
     assert model.ask_all([]) == []
 
 
+def test_tokens_end_an_answer_and_biases_bend_it(model: Model) -> None:
+    whole = model.ask("Say something", sampling=FEW).tokens
+    ended = model.ask("Say something", sampling=Sampling(max_tokens=16, stop_ids=[whole[3]]))
+    assert (ended.tokens, ended.finish_reason) == (whole[: whole.index(whole[3]) + 1], "stop")
+    bent = model.ask("Say something", sampling=Sampling(max_tokens=16, logit_bias={7: 100.0}, stop_ids=[8]))
+    assert (set(bent.tokens), bent.finish_reason) == ({7}, "length")
+    for wrong in (Sampling(stop_ids=[10**6]), Sampling(logit_bias={10**6: 1.0})):
+        with pytest.raises(UserError, match="names token 1000000"):
+            model.ask("Say something", sampling=wrong)
+
+
 def test_a_batch_keeps_to_its_memory(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """However few rows fit side by side, the answers are the same; a wrong question is named by its number."""
     questions = [Question(f"What {n}?", picture(n) if n % 3 else None, sampling=FEW) for n in range(5)]

@@ -89,7 +89,8 @@ def question(given: Given) -> Question:
         refuse_mark(prompt, "leave it out: with --chat-template images stand before the text")
     sampling = Sampling(
         max(given.temperature, 0.0), max(given.top_k, 0), given.top_p, given.min_p, given.penalty, given.seed,
-        STOPS if raw else (), given.new_tokens,
+        STOPS if raw else (), given.new_tokens, typical_p=given.typical_p, presence_penalty=given.presence_penalty,
+        frequency_penalty=given.frequency_penalty, logit_bias=given.biases,
     )  # fmt: skip
     return Question(literal(prompt, len(images)) if raw else prompt, images, sampling=sampling, raw=raw)
 

@@ -7,11 +7,14 @@ b11434, common/arg.cpp, and examples/llava of 2023 to 2025.
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 from pumice.errors import UserError, nearest, shortened
 
@@ -19,6 +22,7 @@ MAX_THREADS = 512
 """As there (ggml.h, GGML_MAX_N_THREADS)."""
 RANDOM_SEED = 2**32 - 1
 """What their -1 becomes."""
+LARGEST_BIAS = 100.0
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,19 @@ class Given:
     top_k: int = 40
     top_p: float = 0.95
     min_p: float = 0.05
+    typical_p: float = 1.0
     penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    biases: tuple[tuple[int, float], ...] = ()
+    """Token ids and what is added to their scores."""
     seed: int | None = None
 
 
 @dataclass(frozen=True)
 class Honoured:
-    """`reads` makes the field's value of the word after the flag; a flag without one sets it to `reads` itself."""
+    """`reads` makes the field's value of the word after the flag; a flag without one sets it to `reads` itself. Tuples
+    of a flag that is repeated are joined."""
 
     names: str
     field: str
@@ -109,6 +119,15 @@ def _images(text: str) -> tuple[str, ...]:
     return (text,) if os.path.isfile(text) else tuple(text.split(","))
 
 
+def _bias(text: str) -> tuple[tuple[int, float], ...]:
+    """A token id, a sign and a number. Their infinity, which forbids a token, is the largest bias here."""
+    found = re.fullmatch(r"(\d{1,9})([+-].+)", text)
+    if found is None:
+        raise ValueError
+    bias = float(found[2])
+    return ((int(found[1]), math.copysign(LARGEST_BIAS, bias) if math.isinf(bias) else bias),)
+
+
 HONOURED = (
     Honoured("-h, --help", "help", True, "Show this and exit."),
     Honoured("-m, --model", "model", str, "A .gguf file, or any other model that `pumice run` takes.", "FILE"),
@@ -132,7 +151,11 @@ HONOURED = (
     Honoured("--top-k", "top_k", int, "Draw from the k best tokens; without it 40, 0 is off.", "N"),
     Honoured("--top-p", "top_p", float, "Draw from this much probability; without it 0.95.", "X"),
     Honoured("--min-p", "min_p", float, "Drop tokens below this share of the best; without it 0.05.", "X"),
+    Honoured("--typical, --typical-p", "typical_p", float, "Draw from the most typical tokens; 1 is off.", "X"),
     Honoured("--repeat-penalty", "penalty", float, "Above 1: less of what was said.", "X"),
+    Honoured("--presence-penalty", "presence_penalty", float, "Above 0: less of what the answer has.", "X"),
+    Honoured("--frequency-penalty", "frequency_penalty", float, "Above 0: less of what it has often.", "X"),
+    Honoured("-l, --logit-bias", "biases", _bias, "Add to a token's score: 15043+1, 15043-1; repeat.", "ID+X"),
     Honoured("-s, --seed", "seed", _seed, "The same seed gives the same answer; -1 is any.", "N"),
 )
 INERT = (
@@ -175,13 +198,12 @@ REFUSED = (
     ),
     Refused("--audio, --video", "LLaVA looks at pictures only", "leave it out, or give pictures with --image"),
     Refused(
-        "--samplers, --sampler-seq, --sampling-seq, --repeat-last-n, --presence-penalty, --frequency-penalty, "
-        "--typical, --typical-p, --top-nsigma, --top-n-sigma, --xtc-probability, --xtc-threshold, --mirostat, "
-        "--mirostat-lr, --mirostat-ent, --dynatemp-range, --dynatemp-exp, --dry-multiplier, --dry-base, "
-        "--dry-allowed-length, --dry-penalty-last-n, --dry-sequence-breaker, -l, --logit-bias, --ignore-eos, "
-        "--grammar, --grammar-file, -j, --json-schema, -jf, --json-schema-file",
+        "--samplers, --sampler-seq, --sampling-seq, --repeat-last-n, --top-nsigma, --top-n-sigma, --xtc-probability, "
+        "--xtc-threshold, --mirostat, --mirostat-lr, --mirostat-ent, --dynatemp-range, --dynatemp-exp, "
+        "--dry-multiplier, --dry-base, --dry-allowed-length, --dry-penalty-last-n, --dry-sequence-breaker, "
+        "--ignore-eos, --grammar, --grammar-file, -j, --json-schema, -jf, --json-schema-file",
         "pumice does not draw tokens that way",
-        "leave it out; it draws with --temp, --top-k, --top-p, --min-p, --repeat-penalty and -s",
+        "leave it out; it draws with --temp, --top-k, --top-p, --min-p, --typical, the penalties, -l and -s",
     ),
     Refused(
         "--lora, --lora-scaled, --control-vector, --control-vector-scaled, --override-kv, --rope-scaling, "
@@ -205,19 +227,17 @@ _FLAGS = MappingProxyType({name: row for row in (*HONOURED, *INERT, *REFUSED) fo
 
 def read_flags(words: Sequence[str]) -> tuple[Given, list[str]]:
     """What the words say, and a line for each flag that does not apply. Raises UserError for all else."""
-    fields: dict[str, object] = {}
-    images: list[str] = []
+    fields: dict[str, Any] = {}
     notes: list[str] = []
     rest = _Words(words)
     for word in rest:
         name = word.replace("_", "-") if word.startswith("--") else word
         match _FLAGS.get(name):
-            case Honoured(field="images"):
-                images += _images(rest.value_of(name))
             case Honoured(field=field, reads=bool(value)):
                 fields[field] = value
             case Honoured(field=field, reads=reads) if not isinstance(reads, bool):
-                fields[field] = _read(name, reads, rest.value_of(name))
+                read = _read(name, reads, rest.value_of(name))
+                fields[field] = fields.get(field, ()) + read if isinstance(read, tuple) else read
             case Inert() as row:
                 said = rest.value_of(name) if row.takes else rest.setting() if row.maybe else ""
                 notes.append(f"{f'{name} {said}'.rstrip()} does not apply: {row.why}")
@@ -227,7 +247,7 @@ def read_flags(words: Sequence[str]) -> tuple[Given, list[str]]:
                 raise UserError(f"there is no flag {shortened(word)}", hint=_near(name))
             case _:
                 raise UserError(f"{shortened(word)} is no flag", hint="give the prompt with -p, images with --image")
-    return Given(**fields, images=tuple(images)), notes  # type: ignore[arg-type]
+    return Given(**fields), notes
 
 
 class _Words:

@@ -35,7 +35,10 @@ Temperature = Annotated[float, typer.Option("--temperature", help="0 takes the b
 TopK = Annotated[int, typer.Option("--top-k", help="Draw from the k best tokens; 0 is off.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Draw from the best tokens with this much probability.")]
 MinP = Annotated[float, typer.Option("--min-p", help="Drop tokens below this share of the best one.")]
+TypicalP = Annotated[float, typer.Option("--typical-p", help="Draw from the most typical tokens; 1 is off.")]
 Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1: less of what was said; 1 is off.")]
+Presence = Annotated[float, typer.Option("--presence-penalty", help="Above 0: less of what the answer has; 0 is off.")]
+Frequency = Annotated[float, typer.Option("--frequency-penalty", help="Above 0: less of what it has often; 0 is off.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same answer.")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the answer; repeat for several.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Longest answer, in tokens.")]
@@ -51,7 +54,10 @@ def run(
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     min_p: MinP = 0.0,
+    typical_p: TypicalP = 1.0,
     repetition_penalty: Penalty = 1.0,
+    presence_penalty: Presence = 0.0,
+    frequency_penalty: Frequency = 0.0,
     seed: Seed = None,
     stop: Stop = None,
     max_tokens: MaxTokens = 512,
@@ -73,7 +79,10 @@ def run(
         from pumice.engine.sampling import Sampling
         from pumice.model import load_from
 
-        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ()), max_tokens)
+        sampling = Sampling(
+            temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ()), max_tokens,
+            typical_p=typical_p, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
+        )  # fmt: skip
         asked = options.question(text, image or [], system=system, raw=raw) if text is not None else None
         loaded = load_from(options.source(model, template, preprocess, beside), dtype=dtype, device=device)
     if asked is None:

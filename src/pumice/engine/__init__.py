@@ -20,7 +20,7 @@ from pumice.engine.cache import Cache
 from pumice.engine.disk import Disk
 from pumice.engine.eyes import Eyes
 from pumice.engine.generation import Generation, Reason, Request, Step
-from pumice.engine.sampling import Sampling
+from pumice.engine.sampling import Drawn, Sampling, draw_all
 from pumice.engine.scheduler import Part, Row, Scheduler
 from pumice.errors import UserError
 from pumice.image import Prepared
@@ -94,7 +94,9 @@ class Engine:
     # --- requests -----------------------------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> Generation:
-        """The request waits for its turn. Raises UserError for a prompt that the cache has no room for."""
+        """The request waits for its turn. Raises UserError for a prompt that the cache has no room for, and settings
+        that name tokens which the model does not have."""
+        request.sampling.check_vocabulary(self._network.config.text.vocab)
         if not self._scheduler.fits(len(request.ids) + 1):
             raise UserError(
                 f"the prompt is {len(request.ids)} tokens long; the cache has room for {self._positions}",
@@ -179,9 +181,9 @@ class Engine:
         positions_B1 = torch.tensor([[row.done] for row in rows], device=self._device)
         batch = Batch(positions_B1, pages=self._pages(rows))
         hidden_B1D = self._network(self._network.language_model.embed_tokens(ids_B1), batch)
-        for row, logits_V in zip(rows, self._network.logits(hidden_B1D[:, 0])):
+        for row in rows:
             self._scheduler.advance(row, 1)
-            self._draw(self._generations[row], logits_V, started, prefill=False)
+        self._draw(rows, self._network.logits(hidden_B1D[:, 0]), started)
         return True
 
     def _read(self, decoding: bool) -> None:
@@ -236,7 +238,7 @@ class Engine:
         if last:
             generation.features.clear()
             self._write(generation)
-            self._draw(generation, self._network.logits(hidden_1KD[0, -1]), started, prefill=row.new == 0)
+            self._draw([row], self._network.logits(hidden_1KD[:, -1]), started)
         else:
             generation.reading_s += time.perf_counter() - started
 
@@ -252,22 +254,34 @@ class Engine:
             parts.append(self._network.language_model.embed_tokens(new))
         return torch.cat(parts, dim=1)
 
-    def _draw(self, generation: Generation, logits_V: Tensor, started: float, *, prefill: bool) -> None:
-        row, request, config = generation.row, generation.request, self._network.config
+    def _draw(self, rows: Sequence[Row], logits_BV: Tensor, started: float) -> None:
+        """The next token of each row. One whose token cannot be drawn fails alone."""
+        generations = [self._generations[row] for row in rows]
         try:
-            token = generation.sampler.draw(logits_V)
+            drawn = draw_all([each.sampler for each in generations], logits_BV)
         except UserError as error:
-            self._fail(generation, error)
+            if len(rows) == 1:
+                self._fail(generations[0], error)
+            else:
+                for at, row in enumerate(rows):
+                    self._draw([row], logits_BV[at : at + 1], started)
             return
-        row.push(token)
+        seconds = time.perf_counter() - started
+        for generation, each in zip(generations, drawn):
+            self._push(generation, each, seconds)
+
+    def _push(self, generation: Generation, drawn: Drawn, seconds: float) -> None:
+        row, sampling, config = generation.row, generation.request.sampling, self._network.config
+        prefill = row.new == 0
+        row.push(drawn.token)
         reason: Reason | None = None
-        if token in config.stop_ids:
+        if drawn.token in config.stop_ids or drawn.token in sampling.stop_ids:
             reason = "stop"
-        elif row.new >= request.sampling.max_tokens or len(row.names) > config.text.max_positions:
+        elif row.new >= sampling.max_tokens or len(row.names) > config.text.max_positions:
             reason = "length"
-        seconds = time.perf_counter() - started + generation.reading_s
+        step = Step(drawn.token, reason, seconds + generation.reading_s, prefill, drawn.logprob, drawn.top)
         generation.reading_s = 0.0
-        generation.steps.append(Step(token, reason, seconds, prefill))
+        generation.steps.append(step)
         if reason is not None:
             self._end(generation)
         elif self._root(len(row.names)) != row.root:

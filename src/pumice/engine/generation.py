@@ -38,6 +38,9 @@ class Step:
     reason: Reason | None
     seconds: float
     prefill: bool
+    logprob: float | None = None
+    """Where `Sampling.logprobs` asks for it, and what else was likely: see `sampling.Drawn`."""
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(eq=False)

@@ -1,22 +1,33 @@
-"""How the next token is drawn from the scores. Filters stand in the order of Transformers' generate: repetition
-penalty, temperature, top-k, top-p, min-p.
+"""How the next token is drawn from the scores. The order:
 
-V vocabulary
+    the guide's mask, logit bias, repetition penalty, frequency and presence penalty,
+    temperature, top-k, top-p, min-p, typical-p
+
+It is that of Transformers' generate, which has the bias (`sequence_bias`) before the repetition penalty, as vLLM and
+llama.cpp have. Frequency and presence penalties, which Transformers lacks, stand behind it as in those two.
+
+B rows · V vocabulary
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from itertools import islice
+from random import Random
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from pumice.errors import UserError
+from pumice.engine.filters import candidates, log_probabilities, penalised, pick
+from pumice.errors import UserError, shortened
 
 MAX_STOPS = 64
-COLDEST = 1e-6
-"""A temperature below draws the same token as this one: the best."""
+MAX_BIASES = 1024
+MAX_LOGPROBS = 20
+"""As OpenAI's API has it."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,12 @@ class Sampling:
     min_p: drop tokens below this share of the best one's probability; repetition_penalty: 1 is off (Keskar et al.
     2019: scores of tokens already in the row, prompt included, are divided by it, negative ones multiplied);
     seed: same seed, same answer; stop: texts that end the answer and are not part of it; max_tokens: new tokens.
+
+    typical_p: 1 is off (Meister et al. 2022: keep the tokens of most expected surprise with this much probability);
+    presence_penalty, frequency_penalty: 0 is off (OpenAI: subtracted from the scores of generated tokens, once and once
+    for each time); logit_bias: token ids and what is added to their scores, from -100 to 100, kept as pairs by rising
+    id; stop_ids: tokens that end the answer and are its last; logprobs: None is off, else how many of the most likely
+    tokens are told with each drawn one (`Drawn`).
 
     Raises UserError for values outside their range.
     """
@@ -39,26 +56,45 @@ class Sampling:
     seed: int | None = None
     stop: Sequence[str] = ()
     max_tokens: int = 512
+    _: KW_ONLY
+    typical_p: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] = ()
+    stop_ids: Sequence[int] = ()
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        # One text or a list is what people write; a frozen value wants a tuple.
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        if not isinstance(stop, Sequence):
-            raise UserError(f"stop is {stop!r}", hint="give a text, or a list of texts")
-        object.__setattr__(self, "stop", tuple(stop))
         _check("temperature", self.temperature, 0.0, 100.0)
         _check("top_k", self.top_k, 0, 2**31)
         _check("top_p", self.top_p, 0.0, 1.0)
         _check("min_p", self.min_p, 0.0, 1.0)
         _check("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         _check("max_tokens", self.max_tokens, 1, 2**31)
+        _check("typical_p", self.typical_p, 0.0, 1.0)
+        _check("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         if self.seed is not None:
             _check("seed", self.seed, -(2**63), 2**64 - 1)
-        if len(self.stop) > MAX_STOPS or not all(isinstance(each, str) and each for each in self.stop):
-            raise UserError(
-                f"stop has {len(self.stop)} entries, of which some may be empty or no text",
-                hint=f"give at most {MAX_STOPS} texts, none of them empty",
-            )
+        if self.logprobs is not None:
+            _check("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        # One text, a list or a dict is what people write; a frozen value wants tuples.
+        stop = _few("stop", (self.stop,) if isinstance(self.stop, str) else self.stop, MAX_STOPS, "texts")
+        if not all(isinstance(each, str) and each for each in stop):
+            raise UserError("stop holds an empty text, or what is no text", hint="give a text, or a list of texts")
+        stop_ids = _few("stop_ids", self.stop_ids, MAX_STOPS, "token ids")
+        for token in stop_ids:
+            _check("a token of stop_ids", token, 0, 2**31)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_ids", stop_ids)
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
+
+    def check_vocabulary(self, tokens: int) -> None:
+        """Raises UserError where a token is named that a vocabulary of so many tokens does not have."""
+        for name, ids in (("logit_bias", dict(self.logit_bias)), ("stop_ids", self.stop_ids)):
+            for token in ids:
+                if token >= tokens:
+                    raise UserError(f"{name} names token {token}", hint=f"the model has tokens 0 to {tokens - 1}")
 
 
 def _check(name: str, value: float, low: float, high: float) -> None:
@@ -66,65 +102,159 @@ def _check(name: str, value: float, low: float, high: float) -> None:
     fits = isinstance(value, int) if whole else isinstance(value, int | float)
     if not fits or isinstance(value, bool) or not low <= value <= high:
         kind = "a whole number" if whole else "a number"
-        raise UserError(f"{name} is {value!r}", hint=f"give {kind} from {low} to {high}")
+        raise UserError(f"{name} is {_said(value)}", hint=f"give {kind} from {low} to {high}")
+
+
+def _few(name: str, given: object, most: int, what: str) -> tuple:
+    """A list as a tuple, of which no more is read than may be there."""
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+        raise UserError(f"{name} is {_said(given)}", hint=f"give a list of {what}")
+    entries = tuple(islice(given, most + 1))
+    if len(entries) > most:
+        raise UserError(f"{name} has more than {most} entries", hint=f"give at most {most} {what}")
+    return entries
+
+
+def _biases(given: object) -> tuple[tuple[int, float], ...]:
+    pairs = tuple(islice(given.items(), MAX_BIASES + 1)) if isinstance(given, Mapping) else given
+    pairs = _few("logit_bias", pairs, MAX_BIASES, "pairs of a token id and a number")
+    for pair in pairs:
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise UserError(f"logit_bias holds {_said(pair)}", hint="give a dict of token ids and numbers")
+        _check("a token of logit_bias", pair[0], 0, 2**31)
+        _check(f"logit_bias of token {pair[0]}", pair[1], -100.0, 100.0)
+    if len(dict(pairs)) < len(pairs):
+        raise UserError("logit_bias names a token twice", hint="give each token once")
+    return tuple(sorted(pairs))
+
+
+def _said(value: object) -> str:
+    """A value for an error, in one line: whatever it is, not all of it is written out."""
+    if isinstance(value, str):
+        return shortened(value)
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"a number of {value.bit_length()} bits"
+    return repr(value) if value is None or isinstance(value, int | float) else f"a {type(value).__name__}"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A drawn token. Where `Sampling.logprobs` asks for it: its log-probability, and the most likely tokens of its
+    position with theirs, from the best down.
+
+    They are the model's own: of the scores as they came, before guide, bias, penalties, temperature and filters. So do
+    vLLM (`raw_logprobs`, its default) and llama.cpp's server (unless `post_sampling_probs`), and answers that were
+    drawn in different ways can be compared.
+    """
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Guide(Protocol):
+    """What an answer must look like, token by token: structured output."""
+
+    def mask(self, scores_V: Tensor) -> Tensor:
+        """The scores (float32, on the CPU, to be left as they are) with -inf where a token is not allowed next."""
+
+    def push(self, token: int) -> None:
+        """This token came."""
 
 
 class Sampler:
     """Draws the tokens of one row: the settings, the row's own random state, and which tokens it has seen."""
 
-    def __init__(self, sampling: Sampling, prompt_ids: list[int]) -> None:
-        self.sampling = sampling
-        self._generator = torch.Generator()
-        if sampling.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(sampling.seed % 2**63)
-        self._seen = {token for token in prompt_ids if token >= 0} if sampling.repetition_penalty != 1.0 else None
+    def __init__(self, sampling: Sampling, prompt_ids: Sequence[int], guide: Guide | None = None) -> None:
+        """Ids of the prompt that are no tokens (negative, past the vocabulary) have no penalty."""
+        self.sampling, self._guide = sampling, guide
+        self._random = Random(None if sampling.seed is None else sampling.seed % 2**64)
+        self._bias = None
+        if sampling.logit_bias:
+            ids, biases = zip(*sampling.logit_bias)
+            self._bias = torch.tensor(ids), torch.tensor(biases, dtype=torch.float32)
+        penalties = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty)
+        self._seen = _Seen(prompt_ids) if penalties != (1, 0, 0) else None
+        unchanged = guide is None and self._bias is None and self._seen is None
+        self.plain = unchanged and sampling.temperature == 0 and sampling.logprobs is None
+        """The token with the best score is all that is asked for."""
 
-    def draw(self, logits_V: Tensor) -> int:
-        """The next token id, from scores of one position; remembers it. Raises UserError for scores that are no
-        numbers."""
-        settings = self.sampling
-        best = int(logits_V.argmax())
-        if not logits_V[best].isfinite():  # a score that is no number counts as the largest
-            raise UserError(
-                "the model's scores are not numbers",
-                hint="its weights are damaged, or too large for their type: try --dtype float32",
-            )
-        if settings.temperature == 0 and self._seen is None:
-            return best
-        scores_V = logits_V.detach().float().cpu()
-        if self._seen is not None:
-            scores_V = penalise(scores_V, sorted(self._seen), settings.repetition_penalty)
-        if settings.temperature == 0:
-            token = int(scores_V.argmax())
-        else:
-            token = int(torch.multinomial(probabilities(scores_V, settings), 1, generator=self._generator))
+    def draw(self, logits_V: Tensor) -> Drawn:
+        """The next token, from scores of one position; remembers it. Raises UserError for scores that are no numbers,
+        and where the guide allows no token."""
+        return draw_all([self], logits_V[None])[0]
+
+    def take(self, token: int) -> None:
+        """A token that came without being drawn, as when a grammar allows no other: the row has it, the guide knows."""
         if self._seen is not None:
             self._seen.add(token)
-        return token
+        if self._guide is not None:
+            self._guide.push(token)
+
+    def _adjusted(self, scores_V: Tensor) -> Tensor:
+        """The scores after all that comes before the temperature."""
+        if self._guide is not None:
+            scores_V = self._guide.mask(scores_V)
+            if scores_V.max() == -math.inf:
+                raise UserError("the grammar of the answer allows no token here", hint="loosen it, or ask without it")
+        if self._bias is not None:
+            scores_V = scores_V.index_add(0, *self._bias)
+        if self._seen is not None:
+            scores_V = penalised(scores_V, self._seen.ids, self._seen.counts, self.sampling)
+            if not scores_V.max().isfinite():
+                raise _no_numbers()
+        return scores_V
+
+    def _drawn(self, logits_V: Tensor, scores_V: Tensor) -> Drawn:
+        if self.sampling.temperature == 0:
+            token = int(scores_V.argmax())
+        else:
+            ids_N, chances_N = candidates(scores_V, self.sampling)
+            token = int(ids_N[pick(chances_N, self._random.random())])
+        self.take(token)
+        if self.sampling.logprobs is None:
+            return Drawn(token)
+        return Drawn(token, *log_probabilities(logits_V, token, self.sampling.logprobs))
 
 
-def penalise(scores_V: Tensor, seen: list[int], penalty: float) -> Tensor:
-    """Scores with the repetition penalty on the tokens in `seen`; ids past the vocabulary are left out."""
-    index = torch.tensor([token for token in seen if token < len(scores_V)], dtype=torch.long)
-    known = scores_V[index]
-    return scores_V.index_copy(0, index, torch.where(known < 0, known * penalty, known / penalty))
+class _Seen:
+    """The tokens of a row, each once, and how often each was generated."""
+
+    def __init__(self, prompt_ids: Sequence[int]) -> None:
+        ids = sorted({token for token in prompt_ids if token >= 0})
+        self._places = {token: place for place, token in enumerate(ids)}
+        self.ids, self.counts = torch.tensor(ids, dtype=torch.long), torch.zeros(len(ids))
+
+    def add(self, token: int) -> None:
+        place = self._places.setdefault(token, len(self._places))
+        if place == len(self.ids):
+            self.ids = torch.cat((self.ids, torch.tensor([token])))
+            self.counts = torch.cat((self.counts, torch.zeros(1)))
+        self.counts[place] += 1
 
 
-def probabilities(scores_V: Tensor, sampling: Sampling) -> Tensor:
-    """What is drawn from: softmax after temperature, top-k, top-p and min-p; at least one token stays."""
-    # From the best score down: however cold, the best keeps its share and no quotient leaves float32.
-    scores_V = (scores_V - scores_V.max()) / max(sampling.temperature, COLDEST)
-    if 0 < sampling.top_k < len(scores_V):
-        floor = scores_V.topk(sampling.top_k).values[-1]
-        scores_V = scores_V.masked_fill(scores_V < floor, float("-inf"))
-    if sampling.top_p < 1:
-        ordered_V, order_V = scores_V.sort()
-        below_V = ordered_V.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
-        below_V[-1] = False
-        scores_V = scores_V.masked_fill(torch.zeros_like(below_V).scatter(0, order_V, below_V), float("-inf"))
-    if sampling.min_p > 0:
-        chances_V = scores_V.softmax(-1)
-        scores_V = scores_V.masked_fill(chances_V < sampling.min_p * chances_V.max(), float("-inf"))
-    return scores_V.softmax(-1)
+def draw_all(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[Drawn]:
+    """The next token of every row, each as its sampler alone would draw it. Of plain rows nothing but the token leaves
+    the device; the scores of the others are moved together.
+
+    Raises UserError as `Sampler.draw` does, before any row has drawn: drawing one by one then tells whose fault it is.
+    """
+    largest_B, best_B = logits_BV.max(-1)  # a score that is no number counts as the largest
+    best = torch.where(largest_B.isfinite(), best_B, -1).tolist()
+    if -1 in best:
+        raise _no_numbers()
+    drawn = [Drawn(token) for token in best]
+    others = [row for row, sampler in enumerate(samplers) if not sampler.plain]
+    if others:
+        logits_NV = (logits_BV if len(others) == len(best) else logits_BV[others]).detach().float().cpu()
+        scores = [samplers[row]._adjusted(logits_V) for row, logits_V in zip(others, logits_NV)]
+        for row, logits_V, scores_V in zip(others, logits_NV, scores):
+            drawn[row] = samplers[row]._drawn(logits_V, scores_V)
+    return drawn
+
+
+def _no_numbers() -> UserError:
+    return UserError(
+        "the model's scores are not numbers",
+        hint="its weights are damaged, or too large for their type: try --dtype float32",
+    )
