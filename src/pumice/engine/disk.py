@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,6 +39,7 @@ class Disk:
         self._folder, self._most_bytes = folder, most_bytes
         self._writer = ThreadPoolExecutor(1, "pumice cache")
         self._writing: dict[str, Future[None]] = {}
+        self._lock = threading.Lock()
 
     def has(self, name: str) -> bool:
         """Whether it is there, or on its way."""
@@ -69,10 +71,12 @@ class Disk:
                 with contextlib.suppress(OSError, UserError):
                     self._write(name, tensors)
             finally:
-                self._writing.pop(name, None)
                 done()
+                with self._lock:
+                    del self._writing[name]
 
-        self._writing[name] = self._writer.submit(write)
+        with self._lock:
+            self._writing[name] = self._writer.submit(write)
 
     def wait(self) -> None:
         """Until all is written."""
