@@ -1,6 +1,6 @@
 """What an answer must look like, as a user says it: a JSON schema, a list of choices, a regular expression, a grammar.
 
-Nothing here knows tokens: `schema.py` compiles a form for a vocabulary. Of JSON schemas only the words that the compiler
+Nothing here knows tokens: `schema.py` compiles a form. Of JSON schemas only the words that the compiler
 follows are let through, so that none is ignored.
 """
 
@@ -77,8 +77,8 @@ class Form:
         """The form that one of four arguments describes; None where none is given.
 
         schema: a pydantic model class (version 2), a JSON schema as a dict or as JSON text; choices: a list of texts;
-        regex: in the syntax of Rust's `regex` crate, for the whole answer; grammar: llguidance's Lark dialect with a
-        rule `start`, or llama.cpp's GBNF with a rule `root`.
+        regex: in the syntax of Rust's `regex` crate, for the whole answer; a digit is one of 0 to 9; grammar: llguidance's
+        Lark dialect with a rule `start`, or llama.cpp's GBNF with a rule `root`.
 
         Raises UserError for more than one argument, the wrong type, a JSON-schema word that is not followed (by its
         name), a recursion that no finite value ends, and what is too large.
@@ -112,7 +112,7 @@ class Form:
         except (ValueError, RecursionError) as problem:
             raise UserError(
                 f"the answer {shortened(text)} is not what the schema asks for: {problem}",
-                hint="one that was cut short needs more max_tokens; a model's validators may ask for more than its schema",
+                hint="cut short, it needs more max_tokens; whole, a validator of the model refused it",
             ) from problem
         if self.kind == "choices" and text not in json.loads(self.text):
             raise UserError(

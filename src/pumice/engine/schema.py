@@ -37,7 +37,7 @@ JSON_STYLE = {
     "json_allow_general_unicode_escapes": False,
 }
 r"""As Python's json.dumps writes it. With no other white space allowed, names and punctuation are forced and cost no
-pass, and a weak model cannot fill an answer with line ends. Characters stand for themselves, `\u` for control characters
+pass, and a weak model cannot fill an answer with line ends. Characters stand for themselves, `\u` for control ones
 alone: there is no half of a character pair, and no name comes a second time in disguise."""
 INNER = r"(?s:[^\s\x1c-\x1f](.*[^\s\x1c-\x1f])?)?"
 """A text without white space at its ends, by the white space that an answer is stripped of (Python's)."""
@@ -75,7 +75,8 @@ def _try_beginning(guide: Guide, tokenizer: Tokenizer) -> None:
     for space in tokenizer.continued(" ")[:1]:
         if allowed_V[space]:  # and behind it the form itself
             guide.push(space)
-            guide.forced()
+            for token in guide.forced():
+                guide.push(token)
             guide.mask(scores_V)
 
 
@@ -113,10 +114,11 @@ class Guide:
         in_text = self._vocabulary.in_text
         allowed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)[: len(in_text)] & in_text
         self._check()
-        allowed_V = torch.from_numpy(np.unpackbits(allowed, count=len(scores_V), bitorder="little"))
+        allowed_V = np.unpackbits(allowed, count=len(scores_V), bitorder="little")
         if not allowed_V.any():
             raise _dead_end()
-        return scores_V.masked_fill(allowed_V.to(scores_V.device) == 0, float("-inf"))
+        # 0 for 1 and -inf for 0. Adding is several times faster than choosing, which guesses at each token.
+        return scores_V + (1 - 1 / torch.from_numpy(allowed_V).to(scores_V.device))
 
     def push(self, token: int) -> None:
         """The token that came. One that was not allowed is a bug of the caller: AssertionError."""
@@ -197,7 +199,7 @@ def _grammar(form: Form) -> str:
             lark = f'start: TEXT\nTEXT: " "? ({" | ".join(map(json.dumps, json.loads(form.text)))})'
         case "regex":
             _check_regex(form.text)
-            lark = f'start: TEXT\nTEXT: " "? (/{regex_to_lark(form.text)}/ & /{INNER}/)'
+            lark = f'start: TEXT\nTEXT: " "? (/{regex_to_lark(form.text, "d")}/ & /{INNER}/)'
         case "grammar":
             own = _from_gbnf(form.text) if "::=" in form.text else form.text
             outer = {"name": "outer", "lark_grammar": 'start: " "? @own'}
