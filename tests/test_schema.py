@@ -12,7 +12,6 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import jsonschema
@@ -43,8 +42,10 @@ def tokenizer(name: str) -> Tokenizer:
             return Tokenizer.from_json(TINY_JSON, config=ENDS)
         case "legacy" | "nonlegacy":
             return Tokenizer.from_sentencepiece(TINY_MODEL, config={"legacy": name == "legacy"})
-        case "bytes":
+        case "bytes" | "nfc":
             made: tokenizers.Tokenizer = tiny._tokenizer(tiny.LANGUAGE_MODELS["llama3"])
+            if name == "nfc":
+                made.normalizer = tokenizers.normalizers.NFC()
             return Tokenizer.from_json(made.to_str(), config={"eos_token": "<|eot_id|>", "pad_token": "<pad>"})
         case "pebble":
             return Tokenizer.from_folder(store.resolve("pebble"))
@@ -232,6 +233,15 @@ def test_a_space_in_front_is_allowed_and_not_shown(name: str) -> None:
         assert made.decode(made.continued(" null")).strip() == "null"
 
 
+@pytest.mark.parametrize("text", ["e\u0301te\u0301", "▁mark▁", "fin \ufb01"])
+@pytest.mark.parametrize("name", ["json", "legacy", "nfc"])
+def test_a_text_that_the_tokenizer_would_change_comes_unchanged(name: str, text: str) -> None:
+    """A composed accent, a literal space mark."""
+    for said in ({"choices": [text]}, {"schema": {"const": text}}):
+        grammar = compiled(name, **said)
+        assert {grammar.form.value(each) for each in texts(grammar, name)} == {text}
+
+
 def test_specials_and_images_never_come() -> None:
     for name in SMALL:
         made, guide = tokenizer(name), compiled(name, regex=r"(?s:.*)").guide()
@@ -395,8 +405,10 @@ def test_what_a_guide_allows_fits_the_schema(schema: dict[str, Any], seed: int) 
     try:
         grammar = compiled("json", schema=schema)
     except UserError as refused:
-        assert re.search("Unsatisfiable|no text has|not followed|Regex is empty", refused.message), refused
-        return
+        # What no value fits is found in several places; a word or a bug must not hide among them.
+        if re.search("Unsatisfiable|no text has|unsatisfiable|Regex is empty", refused.message):
+            return
+        raise
     text = walk(grammar, "json", seed)
     if text is not None:
         jsonschema.Draft202012Validator(schema).validate(grammar.form.value(text))
@@ -418,8 +430,11 @@ def test_a_value_that_fits_is_allowed(value: Any) -> None:
 
 
 FORMATS = {
-    "date": datetime.date.fromisoformat, "ipv4": ipaddress.IPv4Address, "ipv6": ipaddress.IPv6Address, "uuid": uuid.UUID,
-}  # fmt: skip
+    "date": datetime.date.fromisoformat,
+    "ipv4": ipaddress.IPv4Address,
+    "ipv6": ipaddress.IPv6Address,
+    "uuid": uuid.UUID,
+}
 
 
 @pytest.mark.parametrize("format", sorted(forms.FORMATS))
@@ -505,7 +520,7 @@ def test_what_a_validator_refuses_is_an_error_of_the_user() -> None:
     ids=["json", "model", "choice", "digits", "deep"],
 )  # fmt: skip
 def test_an_answer_cut_short_has_no_value(said: dict[str, Any], text: str) -> None:
-    with pytest.raises(UserError, match="max_tokens|none of the choices"):
+    with pytest.raises(UserError, match=r"max_tokens|none of the choices"):
         Form.of(**said).value(text)
 
 
@@ -526,14 +541,10 @@ def chain(length: int, link: str) -> dict[str, Any]:
     return {"$ref": "#/$defs/d0", "$defs": parts | {f"d{length}": {"type": "null"}}}
 
 
-def named(*words: str) -> dict[str, Any]:
-    return {"type": "array", "items": {"type": "object", "properties": {"p": dict.fromkeys(words, {})}}}
-
-
 UNFOLLOWED = [
     "not", "if", "then", "else", "uniqueItems", "contains", "minContains", "maxContains", "propertyNames",
-    "dependentRequired", "dependentSchemas", "dependencies", "unevaluatedProperties", "unevaluatedItems", "additionalItems",
-    "$anchor", "$dynamicRef", "$recursiveRef", "$vocabulary", "contentEncoding", "contentMediaType", "nullable",
+    "dependentRequired", "dependentSchemas", "dependencies", "unevaluatedProperties", "unevaluatedItems", "$anchor",
+    "additionalItems", "$dynamicRef", "$recursiveRef", "$vocabulary", "contentEncoding", "contentMediaType", "nullable",
     "minLenght", "x-guidance", "$id",
 ]  # fmt: skip
 
@@ -541,7 +552,7 @@ UNFOLLOWED = [
 @pytest.mark.parametrize("word", UNFOLLOWED)
 def test_words_that_are_not_followed_are_refused_by_name(word: str) -> None:
     with pytest.raises(UserError, match=rf"#/items/properties/p says '{re.escape(word)}'"):
-        Form.of(schema=named(word))
+        Form.of(schema={"type": "array", "items": {"type": "object", "properties": {"p": {word: {}}}}})
 
 
 ENDLESS = [
@@ -574,6 +585,19 @@ def test_a_recursion_with_a_way_out_is_followed(schema: dict[str, Any]) -> None:
         jsonschema.validate(json.loads(text), schema)
 
 
+def optional(parts: int) -> dict[str, Any]:
+    return {"type": "object", "properties": {f"p{index}": {} for index in range(parts)}}
+
+
+def either(parts: int) -> dict[str, Any]:
+    return {"allOf": [{"anyOf": [{"minLength": index}, {"maxLength": 99 + index}]} for index in range(parts)]}
+
+
+def rules(count: int, form: str) -> str:
+    """Rules each of which needs the next."""
+    return "".join(f"r{index}{form % f'r{index + 1}'}\n" for index in range(count))
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "two forms": ({"regex": "a", "choices": ["a"]}, "choices and regex"),
     "schema of a number": ({"schema": 3}, "not a JSON object"),
@@ -594,10 +618,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no choice fits": ({"schema": {"enum": []}}, "anyOf is empty|Unsatisfiable"),
     "a number that no double is": ({"schema": {"const": 2**53 + 1}}, "number"),
     "multipleOf of many states": ({"schema": {"type": "integer", "multipleOf": 99_999_989}}, "multipleOf"),
-    "several multipleOf": ({"schema": {"allOf": [{"multipleOf": each} for each in (97, 89, 83)]}}, "too large together"),
-    "too many parts": ({"schema": {"properties": {f"p{index}": {} for index in range(2000)}}}, "parts"),
-    "too many optional parts": ({"schema": {"type": "object", "properties": {f"p{index}": {} for index in range(900)}}}, "items"),
-    "2**20 combinations": ({"schema": {"allOf": [{"anyOf": [{"minLength": n}, {"maxLength": 99 + n}]} for n in range(20)]}}, "large"),
+    "several multipleOf": ({"schema": {"allOf": [{"multipleOf": each} for each in (97, 89, 83)]}}, "large together"),
+    "too many parts": ({"schema": optional(2000)}, "parts"),
+    "too many optional parts": ({"schema": optional(900)}, "items"),
+    "2**20 combinations": ({"schema": either(20)}, "large"),
     "a billion items": ({"schema": {"type": "array", "items": {"type": "null"}, "minItems": 10**9}}, "farther"),
     "long patterns": ({"schema": {"type": "string", "pattern": "(a?)" * 5000}}, "patterns"),
     "required of a number": ({"schema": {"type": "object", "required": 3}}, "required"),
@@ -630,8 +654,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "grammar that is forced without end": ({"grammar": 'start: "a" start'}, "farther"),
     "special token by name": ({"grammar": "start: <s>"}, "'<'"),
     "tokens by number": ({"grammar": 'start: "a" <[1-5]>'}, "'<'"),
+    "temperature in a grammar": ({"grammar": "start: x\nx[temperature=0.5]: /a+/"}, "temperature"),
+    "hidden stop in a grammar": ({"grammar": 'start: x "b"\nx[stop="b"]: /a+/'}, "stop"),
     "schema in a grammar": ({"grammar": 'start: %json {"type": "integer", "multipleOf": 99999989}'}, "%json"),
-    "chain of rules": ({"grammar": "start: r0\n" + "".join(f"r{n}: r{n + 1}\n" for n in range(2000)) + 'r2000: "a"'}, "rules"),
+    "chain of rules": ({"grammar": "start: r0\n" + rules(2000, ": %s") + 'r2000: "a"'}, "rules"),
     "huge grammar": ({"grammar": 'start: "a"' * 10_000}, "characters"),
     "nested grammar": ({"grammar": "start: " + "(" * 5000 + '"a"' + ")" * 5000}, "nested"),
     "GBNF without root": ({"grammar": 'x ::= "a"'}, "root"),
@@ -639,7 +665,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "open GBNF text": ({"grammar": 'root ::= "a'}, "end of input"),
     "GBNF that ends in a backslash": ({"grammar": 'root ::= "a\\'}, "GBNF"),
     "nested GBNF": ({"grammar": "root ::= " + "(" * 5000 + '"a"' + ")" * 5000}, "GBNF"),
-    "chain of GBNF rules": ({"grammar": "root ::= r0\n" + "".join(f"r{n} ::= r{n + 1}\n" for n in range(1500))}, "rules"),
+    "chain of GBNF rules": ({"grammar": "root ::= r0\n" + rules(1500, " ::= %s")}, "rules"),
 }  # fmt: skip
 
 
@@ -658,15 +684,14 @@ LARGE: dict[str, dict[str, Any]] = {
     "10000 choices": {"choices": [f"choice {each * 7919 % 10_000}" for each in range(10_000)]},
     "enum of 10000": {"schema": {"enum": [f"value {each * 7919 % 10_000}" for each in range(10_000)]}},
     "900 demanded parts": {
-        "schema": {"type": "object", "properties": {f"p{n}": {"type": "null"} for n in range(900)}, "required": ["p899"]}
-        | {"required": [f"p{n}" for n in range(900)], "additionalProperties": False}
+        "schema": optional(900) | {"required": list(optional(900)["properties"]), "additionalProperties": False}
     },
     "2**30 by reference": {
         "schema": chain(30, '{"type": "array", "prefixItems": [{"$ref": "%s"}, {"type": "null"}], "items": false}')
     },
     "900 references": {"schema": chain(900, '{"$ref": "%s"}')},
     "450 objects": {"schema": chain(450, '{"type": "object", "properties": {"a": {"$ref": "%s"}}}')},
-    "490 rules": {"grammar": "start: r0\n" + "".join(f'r{n}: r{n + 1} "b"?\n' for n in range(490)) + 'r490: "a"'},
+    "490 rules": {"grammar": "start: r0\n" + rules(490, ': %s "b"?') + 'r490: "a"'},
     "regex of many states": {"regex": r"(.*a.{15}){15}"},
     "regex of nested repeats": {"regex": "((((a{0,50}b){0,50}c){0,50}d){0,50}e){0,50}f"},
     "regex of optional parts": {"regex": "".join(f"(w{n})?" for n in range(2000)) + "x"},

@@ -77,7 +77,7 @@ class Form:
         """The form that one of four arguments describes; None where none is given.
 
         schema: a pydantic model class (version 2), a JSON schema as a dict or as JSON text; choices: a list of texts;
-        regex: in the syntax of Rust's `regex` crate, for the whole answer; a digit is one of 0 to 9; grammar: llguidance's
+        regex: in the syntax of Rust's `regex` crate, for the whole answer, a digit being 0 to 9; grammar: llguidance's
         Lark dialect with a rule `start`, or llama.cpp's GBNF with a rule `root`.
 
         Raises UserError for more than one argument, the wrong type, a JSON-schema word that is not followed (by its

@@ -171,7 +171,7 @@ def _vocabulary(tokenizer: Tokenizer, stop_ids: tuple[int, ...]) -> _Vocabulary:
         raise UserError("the model has no end token, so no form can end", hint="load it with a template that has one")
     texts = _Texts(tokenizer, stop_ids)
     in_text = np.array([bool(text) or id in stop_ids for id, text in enumerate(texts.tokens)])
-    library = LLTokenizer(TokenizerWrapper(texts), eos_token=list(stop_ids))
+    library = texts.library = LLTokenizer(TokenizerWrapper(texts), eos_token=list(stop_ids))
     return _Vocabulary(library, stop_ids, np.packbits(in_text, bitorder="little"))
 
 
@@ -179,13 +179,17 @@ class _Texts:
     """A tokenizer as the library asks for one; the names are its own. A token of no bytes never comes."""
 
     bos_token_id = None
+    library: LLTokenizer
 
     def __init__(self, tokenizer: Tokenizer, stop_ids: Sequence[int]) -> None:
         self._tokenizer, self.eos_token_id = tokenizer, stop_ids[0]
         self.tokens = [b"" if id in stop_ids else tokenizer.bytes_of(id) for id in range(tokenizer.vocab_size)]
 
     def __call__(self, text: str) -> list[int]:
-        return self._tokenizer.continued(text)
+        """The ids of a text, whose bytes are those of the text: where the tokenizer would change it (normal forms, a
+        literal space mark), the longest tokens that fit, one after the other."""
+        ids = self._tokenizer.continued(text)
+        return ids if b"".join(self.tokens[id] for id in ids) == text.encode() else self.library.greedy_tokenize(text)
 
 
 def _grammar(form: Form) -> str:
@@ -242,6 +246,8 @@ def _checked(lark: str) -> str:
     for refused, instead in (("<", "text in quotes"), ("%json", "the schema by itself"), ("%lark", "one grammar")):
         if refused in syntax:
             raise UserError(f"the grammar has {refused!r} outside of quotes", hint=f"give {instead}")
+    if unheard := re.search(r"\b(?:temperature|stop)\s*=", syntax):
+        raise UserError(f"the grammar sets {unheard[0]!r}, which is not followed", hint="lazy and suffix= are followed")
     if syntax.count(":") > MAX_RULES:
         raise _too_many_rules()
     return lark
