@@ -256,6 +256,16 @@ def test_specials_and_images_never_come() -> None:
             guide.push(min(specials))
 
 
+def test_words_of_templates_never_come_where_a_vocabulary_calls_them_ordinary() -> None:
+    spec = json.loads(TINY_JSON.read_text(encoding="utf-8"))
+    spec["added_tokens"] = [each | {"special": False} for each in spec["added_tokens"]]
+    made = Tokenizer.from_json(json.dumps(spec))
+    words = {word: made.id_of(word) for word in ("<unk>", "<s>", "</s>", "<image>")}
+    assert all(made.decode([id]) for word, id in words.items() if word != "<image>")
+    guide = compile_form(Form.of(regex="(?s:.*)"), made, [words["</s>"]]).guide()
+    assert set(allowed(guide, made)) & set(words.values()) == {words["</s>"]}
+
+
 def test_any_of_several_end_tokens_may_come() -> None:
     made = tokenizer("json")
     stops = (made.id_of("</s>"), made.id_of("<pad>"))
@@ -719,9 +729,9 @@ def test_large_forms_take_bounded_time_on_a_small_stack(case: str) -> None:
     try:
         thread = threading.Thread(target=work)
         thread.start()
+        thread.join()
     finally:
         threading.stack_size(before)
-    thread.join()
     assert not failed or isinstance(failed[0], UserError), failed
     assert time.monotonic() - started < PATIENCE_S
 

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, regex_to_lark
 from llguidance.gbnf_to_lark import gbnf_to_lark
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pumice.engine.form import Form
@@ -111,8 +110,7 @@ class Guide:
 
     def mask(self, scores_V: Tensor) -> Tensor:
         """The scores, with -inf for tokens that may not come next."""
-        in_text = self._vocabulary.in_text
-        allowed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)[: len(in_text)] & in_text
+        allowed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
         allowed_V = np.unpackbits(allowed, count=len(scores_V), bitorder="little")
         if not allowed_V.any():
@@ -159,8 +157,6 @@ def _dead_end() -> UserError:
 class _Vocabulary:
     library: LLTokenizer
     stop_ids: tuple[int, ...]
-    in_text: NDArray[np.uint8]
-    """A bit for each token that may ever come: those with a text, and the end tokens."""
 
 
 @functools.lru_cache(maxsize=4)
@@ -170,9 +166,8 @@ def _vocabulary(tokenizer: Tokenizer, stop_ids: tuple[int, ...]) -> _Vocabulary:
     if not stop_ids:
         raise UserError("the model has no end token, so no form can end", hint="load it with a template that has one")
     texts = _Texts(tokenizer, stop_ids)
-    in_text = np.array([bool(text) or id in stop_ids for id, text in enumerate(texts.tokens)])
-    library = texts.library = LLTokenizer(TokenizerWrapper(texts), eos_token=list(stop_ids))
-    return _Vocabulary(library, stop_ids, np.packbits(in_text, bitorder="little"))
+    texts.library = LLTokenizer(TokenizerWrapper(texts), eos_token=list(stop_ids))
+    return _Vocabulary(texts.library, stop_ids)
 
 
 class _Texts:
