@@ -96,6 +96,7 @@ class Tokenizer:
         if (image := self.id_of(IMAGE_MARK)) is not None:
             skipped.add(image)
         self._reserved = frozenset(skipped - {self.id_of(str(spec["model"].get("unk_token")))})
+        self._never_text = _NEVER_TEXT | {str(spec["model"].get("unk_token"))}
         strip = model.strip if model else None
         self._decoder = Decoder(spec.get("decoder"), self._library.id_to_token, skipped, sentencepiece_strip=strip)
         self._front = _front(spec, self._library)
@@ -194,6 +195,18 @@ class Tokenizer:
         """Text without special tokens and images. What is no UTF-8 becomes U+FFFD as the reference does it."""
         stream = self.stream()
         return "".join([stream.push(id) for id in ids] + [stream.finish()])
+
+    def bytes_of(self, id: int) -> bytes:
+        """What an id adds to a text in UTF-8, often a part of a character; nothing for images, special tokens and the
+        words that only templates write."""
+        if self.token_of(id) in self._never_text:
+            return b""
+        piece = self._decoder.piece(id)
+        return piece if isinstance(piece, bytes) else piece.encode()
+
+    def continued(self, text: str) -> list[int]:
+        """The ids of a text inside an answer: nothing in front, no special token in it."""
+        return self._text.encode(text, add_special_tokens=False).ids
 
     def stream(self) -> TextStream:
         """A decoder that takes one id at a time; its pieces together are what `decode` gives."""
