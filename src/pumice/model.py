@@ -85,9 +85,10 @@ class Model(Prompter):
         system: str | None = None,
         sampling: Sampling | None = None,
         raw: bool = False,
+        image_tokens: int | None = None,
     ) -> Answer:
         """The answer to one question. Raises UserError for what is wrong with the question or an image."""
-        return self.answer(Question(prompt, image, system, sampling=sampling or Sampling(), raw=raw))
+        return self.stream(prompt, image, system=system, sampling=sampling, raw=raw, image_tokens=image_tokens).answer
 
     def stream(
         self,
@@ -97,17 +98,22 @@ class Model(Prompter):
         system: str | None = None,
         sampling: Sampling | None = None,
         raw: bool = False,
+        image_tokens: int | None = None,
     ) -> Stream:
         """The same answer in pieces, as they come."""
-        return Stream(self, Question(prompt, image, system, sampling=sampling or Sampling(), raw=raw))
+        chosen = sampling or Sampling()
+        return Stream(self, Question(prompt, image, system, sampling=chosen, raw=raw, image_tokens=image_tokens))
 
     def answer(self, question: Question) -> Answer:
         """The answer to a whole question: history, system text and settings are in it."""
         return Stream(self, question).answer
 
-    def chat(self, *, system: str | None = None, sampling: Sampling | None = None) -> Chat:
+    def chat(
+        self, *, system: str | None = None, sampling: Sampling | None = None, image_tokens: int | None = None
+    ) -> Chat:
         """A conversation that remembers its turns."""
-        return Chat(self, system, sampling or Sampling())
+        self.token_limit(image_tokens)
+        return Chat(self, Question("", None, system, sampling=sampling or Sampling(), image_tokens=image_tokens))
 
     def ask_all(self, questions: Sequence[Question]) -> list[Answer]:
         """The answers in the order of the questions; each is what `answer` would give.
@@ -276,8 +282,8 @@ class Stream:
 class Chat:
     """A conversation with one model. `history` is what has been said."""
 
-    def __init__(self, model: Model, system: str | None, sampling: Sampling) -> None:
-        self._model, self._system, self._sampling = model, system, sampling
+    def __init__(self, model: Model, settings: Question) -> None:
+        self._model, self._settings = model, settings
         self.history: tuple[Exchange, ...] = ()
 
     def ask(self, prompt: str, image: Images = None) -> Answer:
@@ -289,7 +295,7 @@ class Chat:
 
     def stream(self, prompt: str, image: Images = None) -> ChatStream:
         """The next answer in pieces; the turn belongs to the history once it has been read to its end."""
-        question = Question(prompt, image, self._system, self.history, self._sampling)
+        question = dataclasses.replace(self._settings, prompt=prompt, image=image, history=self.history)
         return ChatStream(self, self._model, question)
 
     def clear(self) -> None:
