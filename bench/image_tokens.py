@@ -23,7 +23,7 @@ from PIL import Image
 
 import pumice
 from pumice import Question, Sampling
-from pumice.model import Model
+from pumice.model import Model, Timings
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "image-tokens.md"
@@ -100,7 +100,7 @@ def answers(pictures: int) -> list[str]:
 
 
 def prefill(chosen: argparse.Namespace) -> list[str]:
-    """Seconds until the first token: medians of the rounds after a first one, which is not counted."""
+    """Seconds until the first token: medians of rounds in which each limit has its turn."""
     before = os.getloadavg()[0]
     rows = []
     for family, size in PICTURES.items():
@@ -108,7 +108,7 @@ def prefill(chosen: argparse.Namespace) -> list[str]:
         model = pumice.load(files[0], mmproj=files[1])
         picture = Image.effect_mandelbrot(size, (-2, -1, 1, 1), 60).convert("RGB")
         limits = [tokens_of(model, picture)[0] // fraction for fraction in FRACTIONS]
-        seconds = [_seconds(model, picture, limit, chosen.rounds) for limit in limits]
+        seconds = _seconds(model, picture, limits, chosen.rounds)
         for limit, (image_s, prompt_s) in zip(limits, seconds):
             tokens, views = tokens_of(model, picture, limit)
             cells = [f"LLaVA {family}", f"{limit}", f"{tokens}", f"{views}", f"{image_s:.2f}", f"{prompt_s:.2f}"]
@@ -122,12 +122,22 @@ def prefill(chosen: argparse.Namespace) -> list[str]:
     ]
 
 
-def _seconds(model: Model, picture: Image.Image, limit: int, rounds: int) -> tuple[float, float]:
-    """Of the picture through tower and projector, and of the prompt through the language model."""
-    question = Question("What is it?", picture, "", sampling=Sampling(max_tokens=1), image_tokens=limit)
-    found = [model.answer(question).timings for _ in range(rounds + 1)][1:]
-    print(f"{model.name}, at most {limit} tokens", file=sys.stderr)
-    return statistics.median(each.encode_s for each in found), statistics.median(each.prefill_s for each in found)
+def _seconds(model: Model, picture: Image.Image, limits: Sequence[int], rounds: int) -> list[tuple[float, float]]:
+    """For each limit the time of the picture through tower and projector, and of the prompt through the language
+    model. What the first answer of all prepares is not counted."""
+    asked = [
+        Question("What is it?", picture, "", sampling=Sampling(max_tokens=1), image_tokens=each) for each in limits
+    ]
+    model.answer(asked[-1])
+    found: list[list[Timings]] = [[] for _ in limits]
+    for round in range(rounds):
+        for timings, question in zip(found, asked):
+            timings.append(model.answer(question).timings)
+        print(f"{model.name}, round {round + 1}", file=sys.stderr)
+    return [
+        (statistics.median(each.encode_s for each in timings), statistics.median(each.prefill_s for each in timings))
+        for timings in found
+    ]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
