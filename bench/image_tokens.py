@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -100,7 +99,8 @@ def answers(pictures: int) -> list[str]:
 
 
 def prefill(chosen: argparse.Namespace) -> list[str]:
-    """Seconds until the first token: medians of rounds in which each limit has its turn."""
+    """Seconds until the first token: the least of several rounds, in each of which every limit has its turn, since what
+    else the machine does can only add to them."""
     before = os.getloadavg()[0]
     rows = []
     for family, size in PICTURES.items():
@@ -118,7 +118,7 @@ def prefill(chosen: argparse.Namespace) -> list[str]:
         f"{processor()}; {len(os.sched_getaffinity(0))} threads.",
         f"Load average {before:.1f} before, {os.getloadavg()[0]:.1f} after: only a quiet machine gives figures.",
         "",
-        *_table(["model", "at most", "tokens", "views", "image, s", "prompt, s", "times all", "both, times all"], rows),
+        *_table(["model", "at most", "tokens", "views", "image, s", "prompt, s", "prompt beside all", "both"], rows),
     ]
 
 
@@ -134,10 +134,7 @@ def _seconds(model: Model, picture: Image.Image, limits: Sequence[int], rounds: 
         for timings, question in zip(found, asked):
             timings.append(model.answer(question).timings)
         print(f"{model.name}, round {round + 1}", file=sys.stderr)
-    return [
-        (statistics.median(each.encode_s for each in timings), statistics.median(each.prefill_s for each in timings))
-        for timings in found
-    ]
+    return [(min(each.encode_s for each in timings), min(each.prefill_s for each in timings)) for timings in found]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
