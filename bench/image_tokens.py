@@ -1,6 +1,6 @@
 """What fewer tokens an image cost in pebble's answers, and what they save of a language model's time.
 
-    python bench/image_tokens.py [--parts answers prefill] [--pictures 400] [--shape 1.1b] [--rounds 3] [--write]
+    python bench/image_tokens.py [--parts answers prefill] [--pictures 400] [--threads 2] [--write]
 
 Prints a table for each part; --write puts them into docs/image-tokens.md between their marks. `answers` asks both
 forms of pebble the questions of `pebble/evaluate.py`, once for each limit. `prefill` asks a model of random weights,
@@ -22,7 +22,7 @@ from PIL import Image
 
 import pumice
 from pumice import Question, Sampling
-from pumice.model import Model, Timings
+from pumice.model import Model, Timings, use_threads
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "image-tokens.md"
@@ -42,8 +42,10 @@ def main() -> None:
     parser.add_argument("--quant", choices=random_models.MIXES, default="q4_k_m")
     parser.add_argument("--models", type=Path, default=ROOT / "bench" / "models", help="where random files are kept")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--write", action="store_true")
     chosen = parser.parse_args()
+    use_threads(chosen.threads)
     for part in chosen.parts:
         table = "\n".join(answers(chosen.pictures) if part == "answers" else prefill(chosen))
         print(table, end="\n\n", flush=True)
@@ -115,7 +117,7 @@ def prefill(chosen: argparse.Namespace) -> list[str]:
             rows.append([*cells, f"{prompt_s / seconds[0][1]:.2f}", f"{(image_s + prompt_s) / sum(seconds[0]):.2f}"])
     return [
         f"{chosen.shape}, {chosen.quant}, random weights; pumice {version('pumice')}, torch {version('torch')};",
-        f"{processor()}; {len(os.sched_getaffinity(0))} threads.",
+        f"{processor()}; {chosen.threads} threads.",
         f"Load average {before:.1f} before, {os.getloadavg()[0]:.1f} after: only a quiet machine gives figures.",
         "",
         *_table(["model", "at most", "tokens", "views", "image, s", "prompt, s", "prompt beside all", "both"], rows),
