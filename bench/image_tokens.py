@@ -117,7 +117,7 @@ def prefill(chosen: argparse.Namespace) -> list[str]:
             rows.append([*cells, f"{prompt_s / seconds[0][1]:.2f}", f"{(image_s + prompt_s) / sum(seconds[0]):.2f}"])
     return [
         f"{chosen.shape}, {chosen.quant}, random weights; pumice {version('pumice')}, torch {version('torch')};",
-        f"{processor()}; {chosen.threads} threads.",
+        f"{processor()}; threads: {chosen.threads}.",
         f"Load average {before:.1f} before, {os.getloadavg()[0]:.1f} after: only a quiet machine gives figures.",
         "",
         *_table(["model", "at most", "tokens", "views", "image, s", "prompt, s", "prompt beside all", "both"], rows),
