@@ -234,7 +234,7 @@ def _head(chosen: argparse.Namespace, job: Job, names: Sequence[str], load_befor
         f"# LLaVA on this CPU: {chosen.shape}, {chosen.quant}, random weights",
         "",
         "Made by `python bench/cpu.py`: " + ", ".join(_programs(names, job)) + ".",
-        f"{_processor()}; {chosen.threads} threads. Load average {load_before:.1f} before,",
+        f"{processor()}; {chosen.threads} threads. Load average {load_before:.1f} before,",
         f"{os.getloadavg()[0]:.1f} after: only a quiet machine gives figures. Language model and projector take",
         f"{file_gb:.2f} GB on disk. llama.cpp runs 22 of the 23 blocks of the tower, pumice all; of a picture of five",
         "tiles llama.cpp reads 2880 tokens, pumice 2928. `best` is llama.cpp with `-ub 1024` and without repacking.",
@@ -258,7 +258,7 @@ def _programs(names: Sequence[str], job: Job) -> list[str]:
     return found
 
 
-def _processor() -> str:
+def processor() -> str:
     """The name and the features that matter, as Linux has them."""
     info = Path("/proc/cpuinfo")
     if not info.exists():

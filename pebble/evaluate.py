@@ -76,11 +76,12 @@ def commonest(cases: list[tuple[Scene, Turn]], task: str) -> float:
     return max(answers.values()) / answers.total()
 
 
-def scores(name: str, cases: list[tuple[Scene, Turn]]) -> dict[str, tuple[int, int]]:
+def scores(name: str, cases: list[tuple[Scene, Turn]], image_tokens: int | None = None) -> dict[str, tuple[int, int]]:
     """Right answers and questions of each task."""
-    model = pumice.load(name)
+    model, sampling = pumice.load(name), Sampling(max_tokens=32)
     questions = [
-        Question(turn.question, paint(shown, EDGE_PX), sampling=Sampling(max_tokens=32)) for shown, turn in cases
+        Question(turn.question, paint(shown, EDGE_PX), sampling=sampling, image_tokens=image_tokens)
+        for shown, turn in cases
     ]
     counted: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for (_, turn), answer in zip(cases, model.ask_all(questions)):

@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-CPU = Path(__file__).resolve().parent.parent / "bench" / "cpu.py"
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+CPU = BENCH / "cpu.py"
 
 
 def test_the_cpu_table_has_a_figure_in_each_row(tmp_path: Path) -> None:
@@ -30,3 +31,18 @@ def test_the_cpu_table_has_a_figure_in_each_row(tmp_path: Path) -> None:
     assert sorted(each.name for each in (tmp_path / "models").glob("*.gguf")) == [
         "tiny-mmproj-1.5.gguf", "tiny-mmproj-1.6.gguf", "tiny-q4_k_m.gguf",
     ]  # fmt: skip
+
+
+def test_the_table_of_image_tokens_has_a_row_for_each_limit(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCH / "image_tokens.py"), "--parts", "prefill", "--shape", "tiny", "--rounds", "1"]
+    done = subprocess.run([*command, "--models", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if "LLaVA" in line
+    ]
+    assert [tuple(map(int, row[1:4])) for row in rows] == [
+        (576, 576, 1), (288, 288, 1), (144, 144, 1), (72, 72, 1), (36, 36, 1),
+        (2928, 2928, 5), (1464, 576, 1), (732, 576, 1), (366, 366, 1), (183, 183, 1),
+    ]  # fmt: skip
+    assert all(float(cell) >= 0 for row in rows for cell in row[4:])
+    assert [row[6:] for row in rows if row[1] in ("576", "2928")] == [["1.00", "1.00"]] * 2

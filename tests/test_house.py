@@ -29,7 +29,8 @@ WITHIN_A_ROW = {
     ("image", "config"), ("image", "picture"), ("picture", "config"), ("decoding", "sentencepiece"),
     ("prompt", "config"), ("tokenizer", "prompt"), ("tokenizer", "decoding"),
     ("tokenizer", "sentencepiece"), ("tokenizer", "special_tokens"), ("store", "checkpoints"),
-    ("model", "question"), ("model", "answer"), ("answer", "question"), ("ops", "quant"), ("ops", "packing"), ("packing", "quant"),
+    ("model", "question"), ("model", "answer"), ("answer", "question"),
+    ("ops", "quant"), ("ops", "packing"), ("packing", "quant"),
 }  # fmt: skip
 """Imports inside one row that are allowed; a folder's own files are always free to import each other."""
 HOMES = {
@@ -39,9 +40,8 @@ HOMES = {
     "typer": {"cli"}, "rich": {"cli"}, "transformers": set(), "ctypes": {"ops"}, "triton": set(), "ray": set(),
 }  # fmt: skip
 """Third-party names and the only rooms that may import them."""
-WIDEST = ("model", "load")
-"""The one function with seven parameters: what users choose when they load a model, each by its name, as on the command
-line. `mmproj` stands beside `beside` because that is the word people know from GGUF."""
+WIDEST = {("model", "load"), ("model", "ask"), ("model", "stream")}
+"""Functions with seven parameters: what users choose, each by its name, when they load a model and when they ask it."""
 WITHOUT_TORCH = {
     "config",
     "image",
@@ -132,7 +132,7 @@ def test_signatures() -> None:
             spec = node.args
             named = [each.arg for each in (*spec.posonlyargs, *spec.args, *spec.kwonlyargs)]
             count = len([name for name in named if name not in ("self", "cls")])
-            most = 7 if (room(path), node.name) == WIDEST else 6
+            most = 7 if (room(path), node.name) in WIDEST else 6
             if count > most or spec.kwarg is not None:
                 wrong.append(f"{where(path, node.lineno)} {node.name}: {count} parameters")
     assert not wrong

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pumice.answer import Answer
     from pumice.conversion import convert
+    from pumice.engine.form import Form
     from pumice.engine.sampling import Sampling
     from pumice.errors import UserError
     from pumice.model import Chat, Model, load
@@ -20,6 +21,7 @@ __all__ = [
     "Card",
     "Chat",
     "Exchange",
+    "Form",
     "Model",
     "Question",
     "Sampling",
@@ -34,6 +36,7 @@ _HOMES = {
     "Answer": "pumice.answer",
     "Card": "pumice.tasks.card",
     "Exchange": "pumice.question",
+    "Form": "pumice.engine.form",
     "Question": "pumice.question",
     "Sampling": "pumice.engine.sampling",
     "UserError": "pumice.errors",

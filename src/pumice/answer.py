@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pumice.decoding import StopText, TextStream
 from pumice.engine import Engine, Generation, Request, Step
+from pumice.engine.form import Form
 from pumice.errors import UserError
 from pumice.question import Seen
 
@@ -47,6 +48,17 @@ class Answer:
     image_tokens: tuple[int, ...]
     """Tokens of each image."""
     timings: Timings
+    form: Form | None = None
+    """What the answer had to look like."""
+
+    @property
+    def value(self) -> Any:
+        """What an answer in a form says: see `Form.value`. Raises UserError for one that was cut short."""
+        if self.form is None:
+            raise UserError("the answer has no form, so it has no value", hint="ask with schema=, or use answer.text")
+        if self.finish_reason == "length":
+            raise UserError("the answer was cut short before its form was complete", hint="give more max_tokens")
+        return self.form.value(self.text)
 
     def __str__(self) -> str:
         return self.text
@@ -150,4 +162,5 @@ class Answering:
                 decode_s,
                 sum(not step.prefill for step in self._steps),
             ),
+            form=None if self.request.grammar is None else self.request.grammar.form,
         )

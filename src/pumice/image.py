@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,8 @@ class Grid:
     left: int = 0
     """Map columns cut on the left, and as many on the right."""
     newline: bool = False
+    most: int | None = None
+    """Tokens that stay, by choice, of more; None: all. `network.pruning` says which."""
 
     @property
     def tiles(self) -> int:
@@ -60,13 +62,18 @@ class Grid:
         return self.columns * self.tile_side - 2 * self.left
 
     @property
-    def tokens(self) -> int:
-        """Places that the image takes in the prompt."""
+    def whole(self) -> int:
+        """Tokens before any are dropped by choice."""
         base = self.tile_side**2 + int(self.class_token)
         return base + self.kept_rows * (self.kept_columns + int(self.newline))
 
+    @property
+    def tokens(self) -> int:
+        """Places that the image takes in the prompt."""
+        return self.whole if self.most is None else min(self.most, self.whole)
+
     def sources(self) -> NDArray[np.intp]:
-        """For each token, (tokens,), the tile it comes from: 0 is the base view, -1 the vector that ends a row."""
+        """For each of the `whole` tokens the tile it comes from: 0 is the base view, -1 the vector that ends a row."""
         base = np.zeros(self.tile_side**2 + int(self.class_token), np.intp)
         y = (self.top + np.arange(self.kept_rows)) // self.tile_side
         x = (self.left + np.arange(self.kept_columns)) // self.tile_side
@@ -85,16 +92,20 @@ class Prepared:
     size: Size
     """Of the upright picture."""
     digest: str
-    """SHA-256 over shape and pixels, in hex: equal for equal input to the network, and for nothing else."""
+    """SHA-256 over grid and pixels, in hex: equal for equal input to the network, and for nothing else."""
 
 
-def prepare(source: ImageLike, image: ImageConfig, vision: VisionConfig) -> Prepared:
-    """Pixels, grid and digest of an image. Raises UserError for what cannot be read or is too large."""
+def prepare(source: ImageLike, image: ImageConfig, vision: VisionConfig, most: int | None = None) -> Prepared:
+    """Pixels, grid and digest of an image, which may take `most` tokens, at least one; None: all that it has.
+
+    Raises UserError for what cannot be read or is too large.
+    """
     upright = open_image(source)
     size = (upright.height, upright.width)
-    pixels = _normalised(_tiles(upright, image, vision), image)
-    digest = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
-    return Prepared(pixels, grid_for(size, image, vision), size, digest)
+    grid = grid_for(size, image, vision, most)
+    pixels = _normalised(_tiles(upright, image, vision, grid), image)
+    digest = hashlib.sha256(repr((grid, pixels.shape)).encode() + pixels.tobytes()).hexdigest()
+    return Prepared(pixels, grid, size, digest)
 
 
 def drawn(bytes_YXC: NDArray[np.uint8]) -> Image.Image:
@@ -102,19 +113,42 @@ def drawn(bytes_YXC: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(bytes_YXC))
 
 
-def tile_pictures(source: ImageLike, image: ImageConfig, vision: VisionConfig) -> list[Image.Image]:
+def tile_pictures(
+    source: ImageLike, image: ImageConfig, vision: VisionConfig, most: int | None = None
+) -> list[Image.Image]:
     """The 8-bit pictures behind `Prepared.pixels`: what the model sees, base view first."""
-    return _tiles(open_image(source), image, vision)
+    upright = open_image(source)
+    return _tiles(upright, image, vision, grid_for((upright.height, upright.width), image, vision, most))
 
 
 # --- which tiles, how many tokens -----------------------------------------------------------------------------------
 
 
-def grid_for(size: Size, image: ImageConfig, vision: VisionConfig) -> Grid:
-    """The grid of a picture of this (height, width). LLaVA llava_arch.py, prepare_inputs_labels_for_multimodal."""
-    if image.mode != "anyres":
-        return Grid(vision.side, vision.keep_class_token)
-    canvas = choose_canvas(size, image.pinpoints)
+def grid_for(size: Size, image: ImageConfig, vision: VisionConfig, most: int | None = None) -> Grid:
+    """The grid of a picture of this (height, width). LLaVA llava_arch.py, prepare_inputs_labels_for_multimodal.
+
+    With `most` (at least 1), of the grids that take no more tokens the one in which most of the picture's pixels
+    survive, and of equal ones the smallest. Where not even the base view alone fits, it is that view with `most` of
+    its features. A map of tiles is kept whole, with the vectors that end its rows, or not at all.
+    """
+    base = Grid(vision.side, vision.keep_class_token)
+    chosen = base
+    if image.mode == "anyres":
+        chosen = _tiled(size, choose_canvas(size, image.pinpoints), image, vision)
+    if most is None or chosen.tokens <= most:
+        return chosen
+    if most < base.tokens:
+        return replace(base, most=most)
+    height, width = size
+    # The base view fills its square, whatever the picture's form.
+    survive = [(min(height, vision.image_px) * min(width, vision.image_px), base)]
+    survive += [(used_px(size, each), _tiled(size, each, image, vision)) for each in image.pinpoints]
+    fitting = [(pixels, -grid.tokens, grid) for pixels, grid in survive if grid.tokens <= most]
+    return max(fitting, key=lambda each: each[:2])[2]
+
+
+def _tiled(size: Size, canvas: Size, image: ImageConfig, vision: VisionConfig) -> Grid:
+    """The grid of a picture on this canvas."""
     rows, columns = canvas[0] // vision.image_px, canvas[1] // vision.image_px
     top, left = _unpad(size, (rows * vision.side, columns * vision.side), image.rounds_unpad)
     return Grid(vision.side, vision.keep_class_token, rows, columns, top, left, newline=True)
@@ -125,14 +159,14 @@ def choose_canvas(size: Size, pinpoints: tuple[Size, ...]) -> Size:
 
     LLaVA mm_utils.py, select_best_resolution.
     """
+    return max(pinpoints, key=lambda canvas: (used_px(size, canvas), -canvas[0] * canvas[1]))
+
+
+def used_px(size: Size, canvas: Size) -> int:
+    """How many of the picture's pixels survive on the canvas. LLaVA mm_utils.py, select_best_resolution."""
     height, width = size
-
-    def score(canvas: Size) -> tuple[int, int]:
-        scale = min(canvas[1] / width, canvas[0] / height)
-        used_px = min(int(width * scale) * int(height * scale), width * height)
-        return used_px, -canvas[0] * canvas[1]
-
-    return max(pinpoints, key=score)
+    scale = min(canvas[1] / width, canvas[0] / height)
+    return min(int(width * scale) * int(height * scale), width * height)
 
 
 def fit_inside(size: Size, canvas: Size) -> Size:
@@ -165,7 +199,7 @@ def _unpad(size: Size, map_size: Size, rounds: bool) -> tuple[int, int]:
 # --- an upright picture to tiles, tiles to numbers -------------------------------------------------------------------
 
 
-def _tiles(upright: Image.Image, image: ImageConfig, vision: VisionConfig) -> list[Image.Image]:
+def _tiles(upright: Image.Image, image: ImageConfig, vision: VisionConfig, grid: Grid) -> list[Image.Image]:
     px = image.resize_px
     match image.mode:
         case "pad":
@@ -174,7 +208,7 @@ def _tiles(upright: Image.Image, image: ImageConfig, vision: VisionConfig) -> li
             pictures = [upright]
         case "anyres":
             base = _resized(upright, (px, px) if isinstance(px, int) else px, image.resample)
-            pictures = [base, *_cut(upright, image, vision.image_px)]
+            pictures = [base, *_cut(upright, image, vision.image_px, grid)]
     return [_cropped(each, image) for each in pictures]
 
 
@@ -192,9 +226,11 @@ def _cropped(picture: Image.Image, image: ImageConfig) -> Image.Image:
     return resized.crop((left, top, left + image.crop_px, top + image.crop_px))
 
 
-def _cut(upright: Image.Image, image: ImageConfig, edge_px: int) -> list[Image.Image]:
-    """The picture on its canvas, centred on black, cut into tiles row by row."""
-    canvas_height, canvas_width = canvas = choose_canvas((upright.height, upright.width), image.pinpoints)
+def _cut(upright: Image.Image, image: ImageConfig, edge_px: int, grid: Grid) -> list[Image.Image]:
+    """The picture on its canvas, centred on black, cut into tiles row by row; nothing where the base view is alone."""
+    if grid.tiles == 1:
+        return []
+    canvas_height, canvas_width = canvas = grid.rows * edge_px, grid.columns * edge_px
     content = _resized(upright, fit_inside((upright.height, upright.width), canvas), image.resample)
     sheet = Image.new("RGB", (canvas_width, canvas_height))
     sheet.paste(content, ((canvas_width - content.width) // 2, (canvas_height - content.height) // 2))

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from pumice import checkpoints, ops, prompt, store
 from pumice.answer import Answer, Answering
 from pumice.config import LlavaConfig
 from pumice.engine import Engine, Request, Sampling
+from pumice.engine.form import Form
 from pumice.errors import UserError, nearest
 from pumice.image import Prepared, prepare
 from pumice.network.layers import Embedding, Linear, put_matrix
@@ -26,7 +27,12 @@ from pumice.quant import QTensor
 from pumice.question import Exchange, Images, Prompter, Question, Seen, listed
 from pumice.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from pumice.engine.schema import Grammar
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FORMS = 32
+"""So many compiled forms are kept."""
 WAITING = 64
 """So many questions of `ask_all` are under way at a time: their pixels are in memory."""
 
@@ -37,6 +43,7 @@ class Model(Prompter):
     def __init__(self, name: str, config: LlavaConfig, tokenizer: Tokenizer, network: Llava) -> None:
         super().__init__(name, config, tokenizer)
         self.network = network
+        self._grammars: dict[Form, Grammar] = {}
 
     def ask(
         self,
@@ -46,9 +53,16 @@ class Model(Prompter):
         system: str | None = None,
         sampling: Sampling | None = None,
         raw: bool = False,
+        image_tokens: int | None = None,
+        schema: Any = None,
     ) -> Answer:
-        """The answer to one question. Raises UserError for what is wrong with the question or an image."""
-        return self.answer(Question(prompt, image, system, sampling=sampling or Sampling(), raw=raw))
+        """The answer to one question; the choices are those of `Question`.
+
+        schema: what the answer must look like: a pydantic model class, a JSON schema, or a `Form`. Raises UserError for
+        what is wrong with the question, an image or the schema.
+        """
+        form, chosen = Form.of(schema=schema), sampling or Sampling()
+        return self.answer(Question(prompt, image, system, (), chosen, raw, image_tokens, form))
 
     def stream(
         self,
@@ -58,17 +72,23 @@ class Model(Prompter):
         system: str | None = None,
         sampling: Sampling | None = None,
         raw: bool = False,
+        image_tokens: int | None = None,
+        schema: Any = None,
     ) -> Stream:
         """The same answer in pieces, as they come."""
-        return Stream(self, Question(prompt, image, system, sampling=sampling or Sampling(), raw=raw))
+        form, chosen = Form.of(schema=schema), sampling or Sampling()
+        return Stream(self, Question(prompt, image, system, (), chosen, raw, image_tokens, form))
 
     def answer(self, question: Question) -> Answer:
         """The answer to a whole question: history, system text and settings are in it."""
         return Stream(self, question).answer
 
-    def chat(self, *, system: str | None = None, sampling: Sampling | None = None) -> Chat:
+    def chat(
+        self, *, system: str | None = None, sampling: Sampling | None = None, image_tokens: int | None = None
+    ) -> Chat:
         """A conversation that remembers its turns."""
-        return Chat(self, system, sampling or Sampling())
+        self.token_limit(image_tokens)
+        return Chat(self, Question("", None, system, sampling=sampling or Sampling(), image_tokens=image_tokens))
 
     def ask_all(self, questions: Sequence[Question]) -> list[Answer]:
         """The answers in the order of the questions; each is what `answer` would give.
@@ -130,10 +150,23 @@ class Model(Prompter):
     def _open(self, question: Question, seen: Seen | None = None) -> Answering:
         started = time.perf_counter()
         seen = seen or self.see(question)
-        stops = (*question.sampling.stop, *([] if question.raw else prompt.TEMPLATES[self.config.template].stop))
-        request = Request(seen.encoded.ids, seen.images, question.sampling)
+        # A form ends by itself, and a stop text of the template might stand in the middle of it.
+        ends = () if question.raw or question.form else prompt.TEMPLATES[self.config.template].stop
+        stops = (*question.sampling.stop, *ends)
+        grammar = None if question.form is None else self._grammar(question.form)
+        request = Request(seen.encoded.ids, seen.images, question.sampling, grammar)
         text, prepare_s = self.tokenizer.stream(), time.perf_counter() - started
         return Answering(self.engine, request, seen, text, stops, prepare_s)
+
+    def _grammar(self, form: Form) -> Grammar:
+        """The form compiled for this vocabulary; the last few are kept."""
+        from pumice.engine.schema import compile_form  # its library takes time, and most answers have no form
+
+        if form not in self._grammars:
+            self._grammars[form] = compile_form(form, self.tokenizer, self.config.stop_ids)
+        if len(self._grammars) > FORMS:
+            del self._grammars[next(iter(self._grammars))]
+        return self._grammars[form]
 
     def features(self, images: Sequence[Prepared]) -> list[torch.Tensor]:
         """What the language model gets of each image: (tokens, width), row ends included."""
@@ -177,8 +210,8 @@ class Stream:
 class Chat:
     """A conversation with one model. `history` is what has been said."""
 
-    def __init__(self, model: Model, system: str | None, sampling: Sampling) -> None:
-        self._model, self._system, self._sampling = model, system, sampling
+    def __init__(self, model: Model, settings: Question) -> None:
+        self._model, self._settings = model, settings
         self.history: tuple[Exchange, ...] = ()
 
     def ask(self, prompt: str, image: Images = None) -> Answer:
@@ -190,7 +223,7 @@ class Chat:
 
     def stream(self, prompt: str, image: Images = None) -> ChatStream:
         """The next answer in pieces; the turn belongs to the history once it has been read to its end."""
-        question = Question(prompt, image, self._system, self.history, self._sampling)
+        question = dataclasses.replace(self._settings, prompt=prompt, image=image, history=self.history)
         return ChatStream(self, self._model, question)
 
     def clear(self) -> None:

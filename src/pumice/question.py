@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pumice import prompt
 from pumice.config import ImageConfig, LlavaConfig, VisionConfig
+from pumice.engine.form import Form
 from pumice.engine.sampling import Sampling
 from pumice.errors import UserError
 from pumice.image import ImageLike, Prepared, prepare, tile_pictures
@@ -24,7 +25,7 @@ Images = ImageLike | Sequence[ImageLike] | None
 @dataclass(frozen=True)
 class Exchange:
     """An earlier turn of a conversation. An image that was prepared once is not looked for again: its file may have
-    changed or gone since."""
+    changed or gone since. It keeps the tokens that it had."""
 
     prompt: str
     answer: str
@@ -34,7 +35,8 @@ class Exchange:
 @dataclass(frozen=True)
 class Question:
     """One request, whole. `system` None is the template's own text; `raw` sends the prompt as it stands, with
-    `<image>` where each image goes."""
+    `<image>` where each image goes. `image_tokens` is the most that each image may take (docs/image-tokens.md); None
+    keeps all. `form` is what the answer must look like (docs/structured.md)."""
 
     prompt: str
     image: Images = None
@@ -42,6 +44,8 @@ class Question:
     history: tuple[Exchange, ...] = ()
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     raw: bool = False
+    image_tokens: int | None = None
+    form: Form | None = None
 
     @property
     def images(self) -> tuple[ImageLike | Prepared, ...]:
@@ -73,7 +77,8 @@ class Prompter:
         for name, text in (("prompt", question.prompt), ("system", question.system or "")):
             if not isinstance(text, str):
                 raise UserError(f"{name} is {text!r}", hint="give a text")
-        images = [each if isinstance(each, Prepared) else prepare(each, *self.eyes()) for each in question.images]
+        most = self.token_limit(question.image_tokens)
+        images = [each if isinstance(each, Prepared) else prepare(each, *self.eyes(), most) for each in question.images]
         parts = self._parts(question)
         given = sum(part.kind == "image" for part in parts)
         if given != len(images):
@@ -86,9 +91,11 @@ class Prompter:
         self.check_ids(encoded.ids)
         return Seen(parts, encoded, images)
 
-    def views(self, images: Sequence[ImageLike]) -> list[list[Image]]:
-        """The pictures behind the pixels, as the tower sees them: for each image its base view, then its tiles."""
-        return [tile_pictures(each, *self.eyes()) for each in images]
+    def views(self, question: Question) -> list[list[Image]]:
+        """The pictures behind the pixels of a question's own images, as the tower sees them: for each its base view,
+        then its tiles."""
+        most = self.token_limit(question.image_tokens)
+        return [tile_pictures(each, *self.eyes(), most) for each in listed(question.image)]
 
     def _parts(self, question: Question) -> list[Part]:
         if question.raw:
@@ -103,6 +110,23 @@ class Prompter:
             messages += [Message("user", turn.prompt, len(turn.images)), Message("assistant", turn.answer)]
         messages.append(Message("user", question.prompt, len(listed(question.image))))
         return prompt.render(self.config.template, messages)
+
+    def token_limit(self, image_tokens: int | None) -> int | None:
+        """The most tokens of an image, as given. Raises UserError for what is no such number, and for any number where
+        there are no eyes."""
+        if image_tokens is None:
+            return None
+        if not isinstance(image_tokens, int) or isinstance(image_tokens, bool) or image_tokens < 1:
+            raise UserError(
+                f"image_tokens is {image_tokens!r:.100}",
+                hint="give the most tokens that an image may take, a whole number from 1; without it all are kept",
+            )
+        if self.config.image is None:
+            raise UserError(
+                f"image_tokens is {image_tokens}, and {self.name} is a text model",
+                hint="leave it out, or load a LLaVA checkpoint",
+            )
+        return image_tokens
 
     def eyes(self) -> tuple[ImageConfig, VisionConfig]:
         """How images become pixels. Raises UserError for a text model."""

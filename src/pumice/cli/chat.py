@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 
 from pumice.cli.paths import images_in, real_path, refuse_mark
 from pumice.cli.terminal import print_error, read_line
-from pumice.engine.sampling import Sampling
 from pumice.errors import UserError
 from pumice.image import open_image
 from pumice.model import Chat, Model
@@ -24,12 +23,11 @@ HELP = """/image PATH   attach an image to the next message (a path in the messa
 \"\"\"           begins and ends a message of many lines"""
 
 
-def talk(model: Model, *, system: str | None, sampling: Sampling, images: Sequence[str]) -> None:
+def talk(model: Model, chat: Chat, images: Sequence[str]) -> None:
     """Read turns from the terminal until its end. Errors of a turn are shown and the chat goes on."""
     with contextlib.suppress(ImportError):
         # Line editing and history come with the module being there; some builds of Python lack it.
         importlib.import_module("readline")
-    chat = model.chat(system=system, sampling=sampling)
     pending = list(images)
     for path in pending:
         _check_image(model, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -14,14 +15,25 @@ import typer
 
 from pumice import store
 from pumice.cli import options
-from pumice.cli.options import AsJson, Beside, ImagePaths, ModelName, Preprocess, PromptText, Raw, System, Template
+from pumice.cli.options import (
+    AsJson,
+    Beside,
+    ImagePaths,
+    ImageTokens,
+    ModelName,
+    Preprocess,
+    PromptText,
+    Raw,
+    System,
+    Template,
+)
 from pumice.errors import UserError
 
 if TYPE_CHECKING:
     from pumice.checkpoints import Checkpoint
     from pumice.config import LlavaConfig, Rotary
-    from pumice.image import ImageLike, Prepared
-    from pumice.question import Prompter, Seen
+    from pumice.image import Prepared
+    from pumice.question import Prompter, Question, Seen
 
 WHOSE = {"hf": "Transformers'", "original": "the authors'"}
 
@@ -130,6 +142,7 @@ def prompt(
     model: ModelName,
     text: PromptText = None,
     image: ImagePaths = None,
+    image_tokens: ImageTokens = None,
     system: System = None,
     raw: Raw = False,
     template: Template = None,
@@ -142,12 +155,11 @@ def prompt(
     as_json: AsJson = False,
 ) -> None:
     """Show what a model really sees: the exact prompt, every token with its id, the tiles of each image."""
-    from pumice.question import listed
-
     asked = options.question(text or "", image or [], system=system, raw=raw)
+    asked = dataclasses.replace(asked, image_tokens=image_tokens)
     prompter = _prompter(options.source(model, template, preprocess, beside).checkpoint(), model)
     seen = prompter.see(asked)
-    saved = _save(prompter, listed(asked.image), save_tiles) if save_tiles else []
+    saved = _save(prompter, asked, save_tiles) if save_tiles else []
     if as_json:
         print(json.dumps(_seen(prompter, seen) | {"saved": saved}, ensure_ascii=False))
         return
@@ -184,7 +196,8 @@ def _token_lines(prompter: Prompter, ids: Sequence[int], all_tokens: bool) -> li
 
 def _image_line(image: Prepared) -> str:
     grid, (height, width) = image.grid, image.size
-    line = f"{width}x{height} px, {grid.tokens} tokens"
+    kept = f"{grid.tokens} of {grid.whole} tokens" if grid.tokens < grid.whole else f"{grid.tokens} tokens"
+    line = f"{width}x{height} px, {kept}"
     if grid.tiles == 1:
         return f"{line}: one view of {grid.tile_side}x{grid.tile_side}"
     return (
@@ -207,12 +220,12 @@ def _seen(prompter: Prompter, seen: Seen) -> dict[str, object]:
     }
 
 
-def _save(prompter: Prompter, images: Sequence[ImageLike], folder: Path) -> list[str]:
+def _save(prompter: Prompter, question: Question, folder: Path) -> list[str]:
     """Write each image's views as PNG files; returns their paths."""
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     saved = []
-    for number, pictures in enumerate(prompter.views(images), 1):
+    for number, pictures in enumerate(prompter.views(question), 1):
         for place, picture in enumerate(pictures):
             path = folder / f"image{number}-{'base' if place == 0 else f'tile{place}'}.png"
             with _writing(path):

@@ -31,6 +31,9 @@ ImagePaths = Annotated[
     list[str] | None, typer.Option("--image", "-i", help="An image to ask about; repeat for several.")
 ]
 System = Annotated[str | None, typer.Option("--system", help="System text instead of the template's own.")]
+ImageTokens = Annotated[
+    int | None, typer.Option("--image-tokens", help="The most tokens that one image may take; all without it.")
+]
 Raw = Annotated[bool, typer.Option("--raw", help="Send the prompt as it stands, with <image> where each image goes.")]
 Template = Annotated[str | None, typer.Option("--template", help="Prompt template instead of the checkpoint's own.")]
 Preprocess = Annotated[Rule | None, typer.Option("--preprocess", help="Image rules instead of the checkpoint's own.")]

@@ -16,6 +16,7 @@ from pumice.cli.options import (
     Device,
     Dtype,
     ImagePaths,
+    ImageTokens,
     ModelName,
     Preprocess,
     PromptText,
@@ -49,6 +50,7 @@ def run(
     model: ModelName,
     prompt: PromptText = None,
     image: ImagePaths = None,
+    image_tokens: ImageTokens = None,
     system: System = None,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
@@ -88,9 +90,9 @@ def run(
     if asked is None:
         from pumice.cli.chat import talk
 
-        talk(loaded, system=system, sampling=sampling, images=image or [])
+        talk(loaded, loaded.chat(system=system, sampling=sampling, image_tokens=image_tokens), image or [])
         return
-    answer = _tell(loaded, dataclasses.replace(asked, sampling=sampling), quiet=as_json)
+    answer = _tell(loaded, dataclasses.replace(asked, sampling=sampling, image_tokens=image_tokens), quiet=as_json)
     if as_json:
         print(json.dumps(described(answer), ensure_ascii=False))
     if timings:

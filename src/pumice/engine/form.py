@@ -76,7 +76,8 @@ class Form:
     def of(cls, *, schema: Any = None, choices: Any = None, regex: Any = None, grammar: Any = None) -> Form | None:
         """The form that one of four arguments describes; None where none is given.
 
-        schema: a pydantic model class (version 2), a JSON schema as a dict or as JSON text; choices: a list of texts;
+        schema: a pydantic model class (version 2), a JSON schema as a dict or as JSON text, or a form, which is given
+        back; choices: a list of texts;
         regex: in the syntax of Rust's `regex` crate, for the whole answer, a digit being 0 to 9; grammar: llguidance's
         Lark dialect with a rule `start`, or llama.cpp's GBNF with a rule `root`.
 
@@ -89,7 +90,7 @@ class Form:
             raise UserError(f"an answer cannot have two forms: {' and '.join(named)}", hint="give one of them")
         match named:
             case ["schema"]:
-                return _of_schema(schema)
+                return schema if isinstance(schema, cls) else _of_schema(schema)
             case ["choices"]:
                 return _of_choices(choices)
             case ["regex"]:

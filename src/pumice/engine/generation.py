@@ -7,7 +7,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
@@ -17,16 +17,21 @@ from pumice.engine.scheduler import Row
 from pumice.errors import UserError
 from pumice.image import Prepared
 
+if TYPE_CHECKING:
+    from pumice.engine.schema import Grammar, Guide
+
 Reason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
 class Request:
-    """The prompt's ids with image tokens expanded, the images whose features stand there, how to draw."""
+    """The prompt's ids with image tokens expanded, the images whose features stand there, how to draw, and what the
+    answer must look like."""
 
     ids: list[int]
     images: list[Prepared]
     sampling: Sampling
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class Generation:
     """Where image tokens stand, in order."""
     image_ends: list[int]
     """Lengths of the prompt up to the end of each image, which the disk may have."""
+    guide: Guide | None
     features: dict[str, Tensor] = field(default_factory=dict)
     """Of images that the prompt's next part needs, by digest."""
     steps: deque[Step] = field(default_factory=deque)
@@ -73,7 +79,9 @@ class Generation:
         for place, name in zip(places, seen, strict=True):
             names[place] = name
         ends = [places[size - 1] + 1 for size in itertools.accumulate(sizes)]
-        return cls(request, Row(names, root), Sampler(request.sampling, request.ids), places, ends)
+        guide = None if request.grammar is None else request.grammar.guide()
+        sampler = Sampler(request.sampling, request.ids, guide)
+        return cls(request, Row(names, root), sampler, places, ends, guide)
 
     @property
     def cached_tokens(self) -> int:

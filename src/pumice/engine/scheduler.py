@@ -71,8 +71,9 @@ class Scheduler:
         return not self._waiting and not self._running
 
     @property
-    def waiting(self) -> int:
-        return len(self._waiting)
+    def running(self) -> int:
+        """Rows that hold pages."""
+        return len(self._running)
 
     @property
     def next(self) -> Row | None:

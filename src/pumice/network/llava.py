@@ -20,6 +20,7 @@ from pumice.image import Grid
 from pumice.network.clip import VisionTower
 from pumice.network.layers import Linear
 from pumice.network.llama import Batch, LanguageModel
+from pumice.network.pruning import most_diverse
 from pumice.quant import QTensor
 
 
@@ -112,7 +113,8 @@ class Llava(nn.Module):
 
 def merge(tiles_NPD: Tensor, grid: Grid, newline_D: Tensor | None) -> Tensor:
     """One image's tile features as one sequence, (grid.tokens, D): the base view, then the map of the other tiles, cut
-    to the picture, with the newline vector at the end of each row (1.6; 1.5 has the base view alone)."""
+    to the picture, with the newline vector at the end of each row (1.6; 1.5 has the base view alone). Where the grid
+    says so, only the most different of them stay."""
     base_PD = tiles_NPD[0]
     if grid.tiles == 1:
         merged_XD = base_PD
@@ -125,6 +127,8 @@ def merge(tiles_NPD: Tensor, grid: Grid, newline_D: Tensor | None) -> Tensor:
             ends_Y1D = newline_D.to(kept_YXD.dtype).expand(grid.kept_rows, 1, width)
             kept_YXD = torch.cat((kept_YXD, ends_Y1D), dim=1)
         merged_XD = torch.cat((base_PD, kept_YXD.flatten(0, 1)))
+    if grid.tokens < len(merged_XD):
+        merged_XD = merged_XD[most_diverse(merged_XD, grid.tokens)]
     assert len(merged_XD) == grid.tokens, f"{len(merged_XD)} features for a grid of {grid.tokens} tokens"
     return merged_XD
 

@@ -33,6 +33,8 @@ from pumice.tasks.probes import ANSWER_TOKENS, Probe
 IMAGE = -1
 """Stands in stored prompts where an image token stands, whose own id differs between formats."""
 SUFFIX = ".safetensors"
+GRID_NUMBERS = 7
+"""Of a grid those that the picture's size decides: builds are compared with all tokens of an image."""
 MAX_PROBES = 1000
 MAX_FACTS_BYTES = 2**20
 SAMPLE = "The 7 quick brown foxes (and 1 lazy dog) jump over: naïve café, 3.14 x 2 = 6.28!\nIsn't it?"
@@ -229,7 +231,7 @@ def _stored(result: Result) -> dict[str, Tensor]:
     }
     if result.image is not None and result.features_ID is not None:
         found["pixels"] = torch.from_numpy(result.image.pixels)
-        found["grid"] = torch.tensor([int(each) for each in dataclasses.astuple(result.image.grid)])
+        found["grid"] = torch.tensor([int(each) for each in dataclasses.astuple(result.image.grid)[:GRID_NUMBERS]])
         found["features"] = result.features_ID.contiguous()
     return found
 
@@ -267,7 +269,7 @@ def _restored(entries: Mapping[str, Entry], number: str, subject: Subject, seein
         raise ValueError(f"the prompt or the answer of probe {number} holds other tokens than words and images")
     if not seeing:
         return Result(ids, answer, logits_AV)
-    grid = _grid(_tensor(entries, f"{number}.grid", torch.int64, (7,), exact=1).tolist(), subject)
+    grid = _grid(_tensor(entries, f"{number}.grid", torch.int64, (GRID_NUMBERS,), exact=1).tolist(), subject)
     if grid.tokens != places:
         raise ValueError(f"probe {number} has {places} image tokens and {grid.tokens} features")
     edges = (grid.tiles, 3, subject.tile_px, subject.tile_px)
