@@ -53,8 +53,7 @@ class Footprint:
     layers: tuple[int, ...]
     """Bytes of each block of the language model, which are in `text` too."""
     position_bytes: int
-    """Keys and values of one position: two of each layer's, in half precision beside weights in blocks and otherwise in
-    the type that is computed with."""
+    """Keys and values of one position."""
     dtype: torch.dtype
     """The type that is computed with."""
     in_blocks: bool
@@ -85,24 +84,35 @@ class Footprint:
 def footprint(tensors: Tensors, config: LlavaConfig, dtype: torch.dtype | None, device: torch.device) -> Footprint:
     """Of the model that `model.load` makes of these tensors; `dtype` None keeps theirs."""
     text = config.text
-    in_blocks = tensors.blocks("language_model.layers.0.self_attn.q_proj.weight") is not None
+    in_blocks = _in_blocks(tensors)
     on_cpu = device.type == "cpu"
     chosen = dtype or tensors.dtype("language_model.embed_tokens.weight")
     eight_bits = in_blocks and dtype is None and on_cpu
     rules = _Rules(chosen, on_cpu, config.vision.blocks_needed if eight_bits and config.vision else None)
     lies = {name: rules.share(tensors, name) for name in tensors.names()}
-    kept = torch.float16 if in_blocks else chosen
     widens = in_blocks if not on_cpu else chosen in (torch.bfloat16, torch.float16)
     return Footprint(
         config,
         sum((each for name, each in lies.items() if not name.startswith(EYES)), Share()),
         sum((each for name, each in lies.items() if name.startswith(EYES)), Share()),
         _layers(lies, text.layers),
-        2 * text.layers * text.kv_heads * text.head_width * kept.itemsize,
+        position_bytes(tensors, config, dtype),
         chosen,
         in_blocks,
         _widest(text, head=not on_cpu) * 4 if widens else 0,
     )
+
+
+def position_bytes(tensors: Tensors, config: LlavaConfig, dtype: torch.dtype | None) -> int:
+    """Of the keys and values of one position: two vectors of each layer, in half precision beside weights in blocks,
+    otherwise in the type that is computed with."""
+    text, chosen = config.text, dtype or tensors.dtype("language_model.embed_tokens.weight")
+    kept = torch.float16 if _in_blocks(tensors) else chosen
+    return 2 * text.layers * text.kv_heads * text.head_width * kept.itemsize
+
+
+def _in_blocks(tensors: Tensors) -> bool:
+    return tensors.blocks("language_model.layers.0.self_attn.q_proj.weight") is not None
 
 
 def _layers(lies: Mapping[str, Share], count: int) -> tuple[int, ...]:
