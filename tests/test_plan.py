@@ -476,10 +476,19 @@ def test_a_slice_is_multiplied_up(builds: dict[str, Path], monkeypatch: pytest.M
     assert measured.tile_s == 7.0
 
 
+@pytest.mark.parametrize("name", ["hf", "Q4_0"])
+def test_a_prompt_needs_little_of_the_last_block(builds: dict[str, Path], name: str) -> None:
+    """With weights in blocks keys and values alone: 2 heads of 16, beside 4 of queries and an MLP that is 112 wide."""
+    quantised = name == "Q4_0"
+    assert pace._last_block(of(builds[name]), CPU) == (64 / (64 + 128 + 336) if quantised else 1.0)
+    assert pace._last_block(of(builds[name]), CUDA) == 1.0
+    assert pace._last_block(of(builds[name], torch.float16), CPU) == 1.0
+
+
 def test_the_blocks_that_are_probed(builds: dict[str, Path]) -> None:
     found = of(builds["hf"])
     assert pace._layers(found) == [0, 1, 2]
     large = dataclasses.replace(found, layers=(10**9,) * 32, text=Share(33 * 10**9))
-    assert pace._layers(large) == [16]
+    assert pace._layers(large) == [8, 24]
     middling = dataclasses.replace(found, layers=(25 * 10**6,) * 22, text=Share(640 * 10**6))
-    assert pace._layers(middling) == [2, 8, 13, 19]
+    assert pace._layers(middling) == [1, 4, 7, 11, 14, 17, 20]

@@ -24,7 +24,7 @@ from pumice.quant import QTensor
 from pumice.question import Question
 from pumice.room.footprint import Footprint
 
-SLICE_BYTES = 2**27
+SLICE_BYTES = 3 * 2**26
 """Weights that a slice holds at least, if the model has as many: more than any cache keeps between two tokens."""
 READ_BYTES = {"cpu": 2**28, "cuda": 2**31}
 """What is read to measure how fast memory is."""
@@ -78,7 +78,9 @@ def measure(
     slice_s = 1 / answer.timings.tokens_per_s
     step_s = slice_s * whole / part
     head_s = slice_s * head / part
-    prompt_s = max(0.0, prompt.timings.prefill_s - head_s) * len(found.layers) / len(layers) + head_s
+    last = _last_block(found, device)
+    blocks = (len(found.layers) - 1 + last) / (len(layers) - 1 + last)
+    prompt_s = max(0.0, prompt.timings.prefill_s - head_s) * blocks + head_s
     return Pace(
         read_bytes_per_s=read,
         decode_limit=read / whole,
@@ -93,8 +95,17 @@ def measure(
 def _layers(found: Footprint) -> list[int]:
     """Which blocks of the language model are probed: spread over all, for mixes give some of them more bits."""
     count, missing = len(found.layers), SLICE_BYTES - (found.text.total - sum(found.layers)) // 2
-    some = max(1, min(count, -(-missing * count // max(1, sum(found.layers)))))
+    some = max(min(2, count), min(count, -(-missing * count // max(1, sum(found.layers)))))
     return [(2 * place + 1) * count // (2 * some) for place in range(some)]
+
+
+def _last_block(found: Footprint, device: torch.device) -> float:
+    """How much of the last block a prompt computes: where all blocks are one call, keys and values and no more."""
+    text = found.config.text
+    if device.type != "cpu" or not found.in_blocks or found.dtype != torch.float32:
+        return 1.0
+    inner, shared = text.heads * text.head_width, text.kv_heads * text.head_width
+    return 2 * shared / (2 * shared + 2 * inner + 3 * text.ffn_width)
 
 
 def _head_bytes(checkpoint: Checkpoint, found: Footprint) -> int:
