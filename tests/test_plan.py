@@ -212,6 +212,8 @@ def test_memory_in_control_groups(tmp_path: Path) -> None:
     # In a container the path is that of the outside.
     own = group("", str(2 * GB), GB)
     assert host(machine(tmp_path / "3", "0::/../../pod/x\n", **own)) == Memory(2 * GB, GB)
+    # The machine has less free than the group may take.
+    assert host(machine(tmp_path / "6", "0::/\n", **group("", str(12 * GB), GB))) == Memory(12 * GB, FREE_6.available)
     # More used than allowed, and a limit beyond the machine.
     assert host(machine(tmp_path / "4", "0::/\n", **group("", str(GB), 2 * GB))) == Memory(GB, 0)
     assert host(machine(tmp_path / "5", "0::/\n", **group("", str(99 * GB), GB))) == FREE_6
@@ -388,7 +390,9 @@ def test_a_tight_plan_counts_on_pages_giving_way(builds: dict[str, Path]) -> Non
     needs = of(builds["bfloat16"]).needs(*least(of(builds["bfloat16"]).config))
     planned = plan(builds["bfloat16"], machine=Pretended(Memory(10**12, needs.total - 1)), device="cpu", probe=False)
     assert planned.verdict == "tight"
-    assert planned.context > 0
+    room = needs.total - 1 - planned.text.own - planned.eyes.own - planned.work_bytes
+    assert planned.context == min(8192, room // planned.position_bytes)
+    assert room > needs.mapped
     hopeless = plan(builds["bfloat16"], machine=Pretended(free(10)), device="cpu", probe=False)
     assert (hopeless.verdict, hopeless.context, hopeless.conversations, hopeless.ways) == ("no", 0, 0, ())
     unknown = plan(builds["bfloat16"], machine=Pretended(None), device="cpu", probe=False)
