@@ -24,8 +24,8 @@ from pumice.image import prepare
 from pumice.model import DTYPES, Model, Source, load_from
 from pumice.quant import QTensor
 from pumice.room import memory as system
-from pumice.room.fitting import Machine, advice, check, verdict, ways
-from pumice.room.footprint import Footprint, Share, as_mix, footprint, grids, least
+from pumice.room.fitting import Machine, advice, check, judged, verdict, ways
+from pumice.room.footprint import Footprint, Share, as_mix, footprint, grids, least, smallest
 from pumice.room.memory import Memory, host, shown
 from pumice.tasks import pace
 from pumice.tasks.plan import Plan, plan
@@ -169,7 +169,8 @@ def test_tokens_of_pictures_are_those_of_the_published_models() -> None:
     )
     tokens = {name: each.tokens for name, each in grids(next_).items()}
     assert tokens == {"672x336": 1752, "336x672": 1776, "672x672": 2928, "336x1008": 2376, "1008x336": 2328}
-    assert least(next_) == (1752 + 256, 3)
+    assert smallest(next_) == (1752 + 256, 3)
+    assert least(next_) == (256, 0)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -287,6 +288,15 @@ def test_a_model_is_refused_where_it_is_hopeless_and_only_there(builds: dict[str
             check(checkpoint, None, CUDA, Pretended(None, free(on_gpu.total - 1)))
 
 
+def test_a_model_without_room_for_a_picture_is_loaded(builds: dict[str, Path]) -> None:
+    found = of(builds["hf"])
+    for count, said in ((found.needs(*smallest(found.config)).total, "fits"), (found.weights.total, "no")):
+        assert judged(found, Memory(count, count)) == said
+    between = found.needs(*least(found.config)).total
+    assert judged(found, Memory(between, between)) == "tight"
+    assert judged(found, Memory(between - 1, between - 1)) == "no"
+
+
 def test_a_model_that_was_dropped_makes_room(builds: dict[str, Path]) -> None:
     class Emptied(Machine):
         asked = 0
@@ -302,7 +312,7 @@ def test_a_model_that_was_dropped_makes_room(builds: dict[str, Path]) -> None:
 def test_the_settings_that_are_named_do_fit(builds: dict[str, Path], tmp_path: Path) -> None:
     """Each is built, and its footprint taken anew: in the memory at hand, from nearly enough to nearly none."""
     checkpoint = Source(builds["hf"]).checkpoint()
-    positions, tiles = least(checkpoint.config)
+    positions, tiles = smallest(checkpoint.config)
     for dtype, device in ((None, CPU), (torch.float32, CUDA), (torch.float64, CPU)):
         present = footprint(checkpoint.tensors, checkpoint.config, dtype, device).needs(positions, tiles).total
         counts = []
@@ -334,18 +344,18 @@ def tried(setting: str, original: Path, root: Path, dtype: torch.dtype | None, d
         device = torch.device(setting.removeprefix("--device "))
     checkpoint = Source(source).checkpoint()
     found = footprint(checkpoint.tensors, checkpoint.config, dtype, device)
-    return found.needs(*least(checkpoint.config)).total
+    return found.needs(*smallest(checkpoint.config)).total
 
 
 def test_the_advice_counts(builds: dict[str, Path]) -> None:
     checkpoint = Source(builds["hf"]).checkpoint()
     found = ways(checkpoint, torch.float32, CUDA, Pretended(free(GB), free(10)))
     assert [each.setting for each in found] == ["--device cpu"]
-    assert advice(found).startswith("no more than 1 of pumice's settings would fit: --device cpu: ")
-    assert advice([]).startswith("close other programs; no setting")
+    assert advice(found).startswith("no more than 1 of the settings would fit: --device cpu: ")
+    assert advice([]).startswith("no setting would fit, down to a Q2_K build")
     three = ways(checkpoint, torch.float64, CPU, Pretended(free(GB), free(GB)))
     assert [each.setting for each in three] == ["--device cuda", "without --dtype", "--dtype bfloat16"]
-    assert advice(three).startswith("these settings fit: --device cuda: ")
+    assert advice(three).startswith("these would fit: --device cuda: ")
 
 
 def test_a_refusal_comes_before_anything_is_read(
@@ -369,7 +379,7 @@ def test_a_plan_fills_the_memory(builds: dict[str, Path]) -> None:
     """As many conversations as fit, and no more."""
     for name in ("bfloat16", "Q4_0"):
         found = of(builds[name])
-        least_ = found.needs(*least(found.config)).total
+        least_ = found.needs(*smallest(found.config)).total
         for room in (least_, least_ + 10**6, least_ + 10**7, least_ + 10**8):
             planned = plan(builds[name], device="cpu", machine=Pretended(free(room)), probe=False)
             assert planned.verdict == "fits"
@@ -387,7 +397,7 @@ def test_a_plan_fills_the_memory(builds: dict[str, Path]) -> None:
 
 
 def test_a_tight_plan_counts_on_pages_giving_way(builds: dict[str, Path]) -> None:
-    needs = of(builds["bfloat16"]).needs(*least(of(builds["bfloat16"]).config))
+    needs = of(builds["bfloat16"]).needs(*smallest(of(builds["bfloat16"]).config))
     planned = plan(builds["bfloat16"], machine=Pretended(Memory(10**12, needs.total - 1)), device="cpu", probe=False)
     assert planned.verdict == "tight"
     room = needs.total - 1 - planned.text.own - planned.eyes.own - planned.work_bytes

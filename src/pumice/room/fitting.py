@@ -12,7 +12,7 @@ import torch
 from pumice.checkpoints import Checkpoint
 from pumice.checkpoints.mixes import MIXES
 from pumice.errors import UserError
-from pumice.room.footprint import Footprint, Share, as_mix, footprint, least
+from pumice.room.footprint import Footprint, Share, as_mix, footprint, least, smallest
 from pumice.room.memory import Memory, host, shown
 
 LADDER = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
@@ -65,25 +65,33 @@ def verdict(needs: Share, memory: Memory) -> Verdict:
     return "fits" if needs.total <= memory.available else "tight"
 
 
+def judged(found: Footprint, memory: Memory) -> Verdict:
+    """The verdict on a model: `no` where even a short question without a picture is hopeless, `fits` where one about
+    the smallest picture has room."""
+    if verdict(found.needs(*least(found.config)), memory) == "no":
+        return "no"
+    return "fits" if verdict(found.needs(*smallest(found.config)), memory) == "fits" else "tight"
+
+
 def check(
     checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device, machine: Machine | None = None
 ) -> None:
-    """Raises UserError for a model that is hopeless (`verdict`) with the least cache that is of use: that of a short
-    question about the smallest picture. It names up to three settings that fit. Nothing is read but headers."""
+    """Raises UserError for a model that is hopeless (`judged`), with up to three settings under which a question about
+    the smallest picture fits. Nothing is read but headers."""
     machine = machine or Machine()
     found = footprint(checkpoint.tensors, checkpoint.config, dtype, device)
-    needs, memory = found.needs(*least(checkpoint.config)), machine.memory(device)
-    if memory is None or verdict(needs, memory) != "no":
+    memory = machine.memory(device)
+    if memory is None or judged(found, memory) != "no":
         return
     gc.collect()  # a model that was dropped may still lie there
     memory = machine.memory(device)
-    if memory is None or verdict(needs, memory) != "no":
+    if memory is None or judged(found, memory) != "no":
         return
     place = "this machine" if device.type == "cpu" else f"the device {device}"
-    weights, cache = found.weights.total, least(checkpoint.config)[0] * found.position_bytes
+    needs, cache = found.needs(*least(checkpoint.config)), least(checkpoint.config)[0] * found.position_bytes
     raise UserError(
-        f"{checkpoint.path} needs {shown(needs.total)} of memory ({shown(weights)} of weights, {shown(cache)} of cache "
-        f"for one short question, the rest to compute); {place} has {shown(memory.total)}, "
+        f"{checkpoint.path} needs {shown(needs.total)} of memory ({shown(found.weights.total)} of weights, "
+        f"{shown(cache)} of cache for one short question, the rest to compute); {place} has {shown(memory.total)}, "
         f"{shown(memory.available)} of it free",
         hint=advice(ways(checkpoint, dtype, device, machine)),
     )
@@ -92,17 +100,17 @@ def check(
 def advice(found: list[Way]) -> str:
     """The ways out in one sentence."""
     if not found:
-        return f"close other programs; no setting of pumice fits, down to a build as {LADDER[-1]}"
-    few = "these settings fit" if len(found) == NAMED else f"no more than {len(found)} of pumice's settings would fit"
+        return f"no setting would fit, down to a {LADDER[-1]} build; close other programs, or take a smaller model"
+    few = "these would fit" if len(found) == NAMED else f"no more than {len(found)} of the settings would fit"
     return f"{few}: {'; '.join(map(str, found))}"
 
 
 def ways(checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device, machine: Machine) -> list[Way]:
-    """Up to three settings under which everything fits into what is free: those that need no new file first, then the
-    best quantisations that are smaller than the present weights."""
+    """Up to three settings under which a question about the smallest picture fits into what is free: those that need no
+    new file first, then the best quantisations that are smaller than the present weights."""
     found: dict[tuple[int, str], Way] = {}
     for setting, candidate, place in _candidates(checkpoint, dtype, device, machine):
-        needs, memory = candidate.needs(*least(checkpoint.config)), machine.memory(place)
+        needs, memory = candidate.needs(*smallest(checkpoint.config)), machine.memory(place)
         if memory is not None and verdict(needs, memory) == "fits":
             found.setdefault((needs.total, place.type), Way(setting, needs.total))
         if len(found) == NAMED:
@@ -125,6 +133,6 @@ def _candidates(
     for name in LADDER:
         smaller = as_mix(checkpoint, MIXES[name])
         if smaller.nbytes < tensors.nbytes:
-            size = shown(smaller.nbytes)
-            setting = f"a build of {size}, pumice convert --quant {name}"
+            source = " from the unquantised model" if present.in_blocks else ""
+            setting = f"a build of {shown(smaller.nbytes)}{source}, pumice convert --quant {name}"
             yield setting, footprint(smaller, config, None, device), device

@@ -197,12 +197,17 @@ def grids(config: LlavaConfig) -> dict[str, Grid]:
 
 
 def least(config: LlavaConfig) -> tuple[int, int]:
-    """Positions and tiles of a short question about the smallest picture, and its answer."""
+    """Positions and tiles of a short question without a picture, and its answer."""
+    return _question(config, None)
+
+
+def smallest(config: LlavaConfig) -> tuple[int, int]:
+    """The same about the smallest picture, where the model has eyes."""
     return _question(config, min(grids(config).values(), key=lambda each: each.tokens, default=None))
 
 
-def most(config: LlavaConfig) -> tuple[int, int]:
-    """Positions and tiles of a short question about the largest picture, and its answer."""
+def largest(config: LlavaConfig) -> tuple[int, int]:
+    """The same about the largest picture."""
     return _question(config, max(grids(config).values(), key=lambda each: each.tokens, default=None))
 
 

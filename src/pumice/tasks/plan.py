@@ -11,8 +11,8 @@ import torch
 
 from pumice.checkpoints import Checkpoint
 from pumice.model import Source, chosen_device, chosen_dtype
-from pumice.room.fitting import Machine, Verdict, Way, verdict, ways
-from pumice.room.footprint import Footprint, Share, footprint, grids, least, most
+from pumice.room.fitting import Machine, Verdict, Way, judged, ways
+from pumice.room.footprint import Footprint, Share, footprint, grids, largest
 from pumice.room.memory import Memory
 from pumice.tasks.pace import Pace, measure, slice_bytes
 
@@ -76,7 +76,7 @@ def plan(
     type_, place = chosen_dtype(dtype), chosen_device(device)
     config = checkpoint.config
     found, memory = footprint(checkpoint.tensors, config, type_, place), machine.memory(place)
-    said = None if memory is None else verdict(found.needs(*least(config)), memory)
+    said = None if memory is None else judged(found, memory)
     room = None if memory is None else _room(found, memory, said)
     longest = config.text.max_positions
     context = longest if room is None else min(longest, room // found.position_bytes)
@@ -89,7 +89,7 @@ def plan(
         text=found.text,
         eyes=found.eyes,
         position_bytes=found.position_bytes,
-        work_bytes=found.work(*most(config)),
+        work_bytes=found.work(*largest(config)),
         pictures={canvas: grid.tokens for canvas, grid in grids(config).items()},
         memory=memory,
         verdict=said,
@@ -105,7 +105,7 @@ def plan(
 def _room(found: Footprint, memory: Memory, said: Verdict | None) -> int:
     """What is left for keys and values. Where it is tight, pages of files give way."""
     weights = found.weights.own if said == "tight" else found.weights.total
-    return max(0, memory.available - weights - found.work(*most(found.config)))
+    return max(0, memory.available - weights - found.work(*largest(found.config)))
 
 
 def _gpu_layers(checkpoint: Checkpoint, dtype: torch.dtype | None, machine: Machine, context: int) -> int | None:
@@ -114,7 +114,7 @@ def _gpu_layers(checkpoint: Checkpoint, dtype: torch.dtype | None, machine: Mach
     if gpu is None or memory is None:
         return None
     there = footprint(checkpoint.tensors, checkpoint.config, dtype, gpu)
-    room = memory.available - (there.weights.total - sum(there.layers)) - there.work(*most(there.config))
+    room = memory.available - (there.weights.total - sum(there.layers)) - there.work(*largest(there.config))
     cache, count = context * there.position_bytes // len(there.layers), 0
     for layer in there.layers:
         room -= layer + cache
