@@ -20,7 +20,7 @@ ROWS = {
     "sentencepiece": 1, "special_tokens": 1,
     "ops": 2, "quant": 2, "packing": 2,
     "network": 3, "checkpoints": 3, "store": 3,
-    "engine": 4,
+    "engine": 4, "room": 4,
     "question": 5, "answer": 5, "model": 5,
     "train": 6, "tasks": 6, "conversion": 6,
     "cli": 7,

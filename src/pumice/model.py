@@ -25,6 +25,7 @@ from pumice.network.layers import Embedding, Linear, put_matrix
 from pumice.network.llava import Llava
 from pumice.quant import QTensor
 from pumice.question import Exchange, Images, Prompter, Question, Seen, listed
+from pumice.room.fitting import check
 from pumice.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -305,7 +306,8 @@ def load(
     mmproj: the projector file of a GGUF, where it is not the only one in the same folder; a name for what may also
     stand in `beside`. The others are those of `Source`.
 
-    Raises UserError: no such model, files damaged or incomplete, an architecture that pumice does not have.
+    Raises UserError: no such model, files damaged or incomplete, an architecture that pumice does not have,
+    a model that does not fit into memory (`room.fitting.verdict`), with settings that would.
     """
     others = (beside,) if isinstance(beside, str | Path) else tuple(beside)
     others = others if mmproj is None else (*others, mmproj)
@@ -317,7 +319,9 @@ def load_from(
 ) -> Model:
     """`load`, from a source that holds its choices."""
     checkpoint = source.checkpoint()
-    network = _network(checkpoint.tensors, checkpoint.config, _dtype(dtype), _device(device))
+    type_, place = chosen_dtype(dtype), chosen_device(device)
+    check(checkpoint, type_, place)
+    network = assembled(checkpoint.tensors, checkpoint.config, type_, place)
     return Model(str(source.name), checkpoint.config, checkpoint.tokenizer, network)
 
 
@@ -329,7 +333,7 @@ def use_threads(count: int) -> None:
 EYES = ("vision_tower.", "multi_modal_projector.")
 
 
-def _network(
+def assembled(
     tensors: checkpoints.Tensors, config: LlavaConfig, dtype: torch.dtype | None, device: torch.device
 ) -> Llava:
     """The modules around the checkpoint's own memory: a tensor is copied only when its type or device must change."""
@@ -355,7 +359,7 @@ def _network(
     return network.eval()
 
 
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+def chosen_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None or dtype in (*DTYPES.values(), torch.float64):
         return dtype
     if dtype not in DTYPES:
@@ -363,7 +367,7 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return DTYPES[dtype]
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def chosen_device(device: str | torch.device | None) -> torch.device:
     if device is None:
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         return torch.device(best)

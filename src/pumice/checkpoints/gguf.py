@@ -236,4 +236,4 @@ def _turned(stored: Stored, head_width: int) -> Entry:
             return replace(values, head_width=head_width)
         return values[heads_turned(len(values), head_width)]
 
-    return stored.entry(load)
+    return replace(stored.entry(load), computed=stored.format.dtype is not None)

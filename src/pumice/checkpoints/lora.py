@@ -98,4 +98,4 @@ def _merged_entry(base: Entry, sides: Mapping[str, Entry], *, scale: float, rank
         change = up.dense().to(torch.float32) @ down.dense().to(torch.float32)
         return (base.dense().to(torch.float32) + scale * change).to(base.dtype)
 
-    return replace(base, load=load)
+    return replace(base, load=load, computed=True)

@@ -51,6 +51,8 @@ class Entry:
     load: Callable[[], Tensor | QTensor]
     blocks: Format | None = None
     """The format of quantised values."""
+    computed: bool = False
+    """Are the values made when they are loaded, in memory of their own? Else they are a view of the file."""
 
     def dense(self) -> Tensor:
         """The values as plain numbers, unpacked where the file holds blocks."""
@@ -110,6 +112,10 @@ class Tensors(Mapping[str, Tensor]):
     def blocks(self, name: str) -> Format | None:
         """The format of quantised values."""
         return self._entries[name].blocks
+
+    def computed(self, name: str) -> bool:
+        """Whether loading the tensor takes memory beside the file's pages."""
+        return self._entries[name].computed
 
     def kinds(self, *parts: str) -> str:
         """Which types the values have, and how many tensors of each: `Q4_K 193, F32 65`. parts: how the names of those

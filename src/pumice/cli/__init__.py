@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pumice.cli import convert, llava_cli, llava_flags, look, run, verify
+from pumice.cli import convert, llava_cli, llava_flags, look, plan, run, verify
 from pumice.cli.terminal import prepare_streams, print_error
 from pumice.errors import UserError
 
@@ -49,6 +49,7 @@ app = typer.Typer(
 app.command("run")(guarded(run.run))
 app.command("show")(guarded(look.show))
 app.command("prompt")(guarded(look.prompt))
+app.command("plan")(guarded(plan.plan))
 app.command("verify")(guarded(verify.verify))
 app.command("convert")(guarded(convert.convert))
 app.command("quantize")(guarded(convert.quantize))

@@ -28,6 +28,7 @@ from pumice.cli.options import (
     Template,
 )
 from pumice.errors import UserError
+from pumice.room.memory import shown
 
 if TYPE_CHECKING:
     from pumice.checkpoints import Checkpoint
@@ -64,12 +65,12 @@ def show(
 def described(checkpoint: Checkpoint) -> dict[str, object]:
     """The facts of a checkpoint, from its config and the headers of its files."""
     from pumice.checkpoints import expected_tensors
+    from pumice.room.footprint import position_bytes
 
     config = checkpoint.config
     text, vision, image = config.text, config.vision, config.image
     parameters = {name: math.prod(shape) for name, shape in expected_tensors(config).items()}
-    width_bytes = checkpoint.tensors.dtype("language_model.norm.weight").itemsize
-    kv_bytes = 2 * text.layers * text.kv_heads * text.head_width * width_bytes
+    kv_bytes = position_bytes(checkpoint.tensors, config, None)
     facts: dict[str, object] = {"family": config.family, "format": checkpoint.format, "path": str(checkpoint.path)}
     if vision is not None and image is not None:
         facts |= {
@@ -134,7 +135,7 @@ def _card(path: Path) -> dict[str, object]:
 
 def _shown(name: str, value: object) -> str:
     if isinstance(value, int) and "bytes" in name:
-        return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.2f} MB"
+        return shown(value)
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

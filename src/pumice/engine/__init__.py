@@ -151,6 +151,11 @@ class Engine:
             self.cancel(generation)
 
     @property
+    def cache_bytes(self) -> int:
+        """What keys and values take when all pages are used."""
+        return sum(each.nbytes for each in (*self._keys, *self._values))
+
+    @property
     def pages_held(self) -> int:
         """Pages of requests under way."""
         return self._scheduler.cache.held
