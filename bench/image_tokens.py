@@ -22,7 +22,8 @@ from PIL import Image
 
 import pumice
 from pumice import Question, Sampling
-from pumice.model import Model, Timings, use_threads
+from pumice.answer import Timings
+from pumice.model import Model, use_threads
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "image-tokens.md"

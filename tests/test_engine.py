@@ -399,3 +399,58 @@ def test_a_cache_folder_that_cannot_be(model: pumice.Model, tmp_path: Path) -> N
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be made"):
         Engine(model.network, Limits(cache_dir=tmp_path / "file" / "cache"))
+
+
+# --- answers in a form ------------------------------------------------------------------------------------------------
+
+RECEIPT = {
+    "type": "object",
+    "properties": {"shop": {"type": "string", "maxLength": 4}, "total": {"type": "integer", "maximum": 99}},
+    "required": ["shop", "total"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_answers_have_their_form_alone_batched_and_streamed(model: pumice.Model, temperature: float) -> None:
+    drawn = Sampling(temperature, seed=3, max_tokens=200)
+    form = pumice.Form.of(schema=RECEIPT)
+    questions = [pumice.Question(f"Read it {n}.", None, sampling=drawn, form=form if n % 2 else None) for n in range(6)]
+    answers = model.ask_all(questions)
+    for question, answer in zip(questions, answers):
+        assert answer.text == model.answer(question).text
+        if question.form is not None:
+            assert answer.finish_reason == "stop"
+            assert set(answer.value) == {"shop", "total"}
+            assert len(answer.value["shop"]) <= 4
+            assert -(10**15) < answer.value["total"] <= 99
+        else:
+            with pytest.raises(UserError, match="has no form"):
+                _ = answer.value
+    stream = model.stream("Read it 1.", sampling=drawn, schema=RECEIPT)
+    assert "".join(stream) == answers[1].text == stream.answer.text
+
+
+def test_forced_tokens_are_read_at_once(model: pumice.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[int] = []
+    whole = type(model.network).forward
+
+    def counted(self: object, x: torch.Tensor, batch: object = None) -> torch.Tensor:
+        passes.append(x.shape[1])
+        return whole(self, x, batch)
+
+    monkeypatch.setattr(type(model.network), "forward", counted)
+    answer = model.ask("Read it.", sampling=Sampling(max_tokens=300), schema=RECEIPT)
+    assert len(passes) < len(answer.tokens) - 5
+    assert sum(passes[1:]) >= len(answer.tokens) - 1
+    passes.clear()
+    with_chances = model.ask("Read it.", sampling=Sampling(max_tokens=300, logprobs=0), schema=RECEIPT)
+    assert len(passes) == len(with_chances.tokens)
+
+
+def test_an_answer_in_a_form_that_is_cut_short_says_so(model: pumice.Model) -> None:
+    answer = model.ask("Read it.", sampling=Sampling(max_tokens=5), schema=RECEIPT)
+    assert (answer.finish_reason, len(answer.tokens)) == ("length", 5)
+    with pytest.raises(UserError, match="cut short"):
+        _ = answer.value
+    assert model.engine.pages_held == 0

@@ -163,8 +163,8 @@ def test_public_names() -> None:
     import pumice
 
     assert sorted(pumice.__all__) == [
-        "Answer", "Card", "Chat", "Exchange", "Model", "Question", "Sampling", "UserError", "convert", "load",
-        "save_values", "verify",
+        "Answer", "Card", "Chat", "Exchange", "Form", "Limits", "Model", "Question", "Sampling", "UserError", "convert",
+        "load", "save_values", "verify",
     ]  # fmt: skip
     for name in pumice.__all__:
         assert getattr(pumice, name).__doc__, name

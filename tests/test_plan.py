@@ -471,7 +471,7 @@ def test_a_slice_is_multiplied_up(builds: dict[str, Path], monkeypatch: pytest.M
     timings = pumice.load(builds["hf"], device="cpu").ask("a", sampling=pumice.Sampling(max_tokens=1)).timings
     prompt = dataclasses.replace(timings, prefill_s=2.5, decode_s=0.0, decoded_tokens=0)
     decode = dataclasses.replace(timings, prefill_s=9.0, decode_s=3.0, decoded_tokens=2)
-    answers = [pumice.Answer("", (), "length", 80, (), each) for each in (prompt, decode)]
+    answers = [pumice.Answer("", (), "length", 80, 0, (), each) for each in (prompt, decode)]
     monkeypatch.setattr(pace, "_asked", lambda model: answers)
     monkeypatch.setattr(pace, "_layers", lambda found: [1])
     monkeypatch.setattr(pace, "_slice", lambda *anything: None)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pumice.answer import Answer
     from pumice.conversion import convert
+    from pumice.engine import Limits
     from pumice.engine.form import Form
     from pumice.engine.sampling import Sampling
     from pumice.errors import UserError
@@ -22,6 +23,7 @@ __all__ = [
     "Chat",
     "Exchange",
     "Form",
+    "Limits",
     "Model",
     "Question",
     "Sampling",
@@ -37,6 +39,7 @@ _HOMES = {
     "Card": "pumice.tasks.card",
     "Exchange": "pumice.question",
     "Form": "pumice.engine.form",
+    "Limits": "pumice.engine",
     "Question": "pumice.question",
     "Sampling": "pumice.engine.sampling",
     "UserError": "pumice.errors",

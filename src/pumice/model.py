@@ -17,7 +17,7 @@ from torch import nn
 from pumice import checkpoints, ops, prompt, store
 from pumice.answer import Answer, Answering
 from pumice.config import LlavaConfig
-from pumice.engine import Engine, Request, Sampling
+from pumice.engine import Engine, Limits, Request, Sampling
 from pumice.engine.form import Form
 from pumice.errors import UserError, nearest
 from pumice.image import Prepared, prepare
@@ -147,6 +147,11 @@ class Model(Prompter):
     def engine(self) -> Engine:
         """What answers the questions, all that are asked at the same time together."""
         return Engine(self.network)
+
+    def limit(self, limits: Limits) -> None:
+        """What the engine may take from now on. What it knows of earlier questions is forgotten. Raises UserError for a
+        cache folder that cannot be made."""
+        self.engine = Engine(self.network, limits)
 
     def _open(self, question: Question, seen: Seen | None = None) -> Answering:
         started = time.perf_counter()

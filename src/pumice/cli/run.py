@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -29,6 +30,7 @@ from pumice.errors import UserError
 
 if TYPE_CHECKING:
     from pumice.answer import Answer
+    from pumice.engine.form import Form
     from pumice.model import Model
     from pumice.question import Question
 
@@ -43,6 +45,12 @@ Frequency = Annotated[float, typer.Option("--frequency-penalty", help="Above 0: 
 Seed = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same answer.")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the answer; repeat for several.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Longest answer, in tokens.")]
+Schema = Annotated[
+    Path | None, typer.Option("--schema", help="A JSON schema in a file; the answer is JSON that keeps to it.")
+]
+CacheFolder = Annotated[
+    Path | None, typer.Option("--cache", help="A folder that keeps what was read of images for later runs.")
+]
 ShowTimings = Annotated[bool, typer.Option("--timings", help="Print what took how long, on stderr.")]
 
 
@@ -69,6 +77,8 @@ def run(
     beside: Beside = None,
     dtype: Dtype = None,
     device: Device = None,
+    schema: Schema = None,
+    cache: CacheFolder = None,
     as_json: AsJson = False,
     timings: ShowTimings = False,
 ) -> None:
@@ -78,7 +88,7 @@ def run(
     """
     text = _prompt(prompt)
     with busy("loading"):
-        from pumice.engine.sampling import Sampling
+        from pumice.engine import Limits, Sampling
         from pumice.model import load_from
 
         sampling = Sampling(
@@ -86,17 +96,34 @@ def run(
             typical_p=typical_p, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
         )  # fmt: skip
         asked = options.question(text, image or [], system=system, raw=raw) if text is not None else None
+        form = _form(schema, asked)
         loaded = load_from(options.source(model, template, preprocess, beside), dtype=dtype, device=device)
+        if cache is not None:
+            loaded.limit(Limits(cache_dir=cache))
     if asked is None:
         from pumice.cli.chat import talk
 
         talk(loaded, loaded.chat(system=system, sampling=sampling, image_tokens=image_tokens), image or [])
         return
-    answer = _tell(loaded, dataclasses.replace(asked, sampling=sampling, image_tokens=image_tokens), quiet=as_json)
+    asked = dataclasses.replace(asked, sampling=sampling, image_tokens=image_tokens, form=form)
+    answer = _tell(loaded, asked, quiet=as_json)
     if as_json:
         print(json.dumps(described(answer), ensure_ascii=False))
     if timings:
         print(timing_line(answer), file=sys.stderr)
+
+
+def _form(path: Path | None, asked: Question | None) -> Form | None:
+    if path is None:
+        return None
+    if asked is None:
+        raise UserError("--schema came without a prompt", hint="a form is for one answer: give the question as well")
+    from pumice.engine.form import Form
+
+    try:
+        return Form.of(schema=path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the schema {path} cannot be read: {error}", hint="name a file with a JSON schema") from error
 
 
 def _prompt(given: str | None) -> str | None:
@@ -132,6 +159,7 @@ def described(answer: Answer) -> dict[str, object]:
         "text": answer.text,
         "finish_reason": answer.finish_reason,
         "prompt_tokens": answer.prompt_tokens,
+        "cached_tokens": answer.cached_tokens,
         "image_tokens": list(answer.image_tokens),
         "tokens": len(answer.tokens),
         "timings": seconds,
