@@ -342,6 +342,7 @@ class Engine:
         del self._generations[generation.row]
         generation.ended = True
         generation.features.clear()
+        self._eyes.forget(generation.request.images)
 
     def _fail(self, generation: Generation, error: UserError) -> None:
         generation.error = error

@@ -96,10 +96,13 @@ class VisionTower(nn.Module):
         Hidden state 0 is the normed embedding, state k the output of block k; blocks past the last state that is
         asked for do not run.
         """
-        states_NTD = [self.pre_layrnorm(self.embeddings(pixels_N3YX))]
-        for block in self.encoder.layers[: self.config.blocks_needed]:
-            states_NTD.append(block(states_NTD[-1]))
-        last = self.config.layers
-        chosen = [states_NTD[layer if layer >= 0 else last + 1 + layer] for layer in self.config.feature_layers]
+        wanted = [layer if layer >= 0 else self.config.layers + 1 + layer for layer in self.config.feature_layers]
+        x_NTD = self.pre_layrnorm(self.embeddings(pixels_N3YX))
+        states = {0: x_NTD}
+        for number, block in enumerate(self.encoder.layers[: self.config.blocks_needed], 1):
+            x_NTD = block(x_NTD)
+            if number in wanted:
+                states[number] = x_NTD
+        chosen = [states[number] for number in wanted]
         features_NTD = torch.cat(chosen, dim=-1) if len(chosen) > 1 else chosen[0]
         return features_NTD if self.config.keep_class_token else features_NTD[:, 1:]
