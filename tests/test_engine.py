@@ -22,7 +22,7 @@ import tiny
 from pumice import Sampling, UserError
 from pumice.engine import Engine, Generation, Limits, Request
 from pumice.engine.cache import Cache, image_names
-from pumice.engine.scheduler import Row, Scheduler
+from pumice.engine.scheduler import Part, Row, Scheduler
 from pumice.image import Prepared, prepare
 from pumice.network import llava
 
@@ -145,6 +145,48 @@ def test_names_of_images_meet_no_other() -> None:
     assert not set(one) & set(other)
     assert min(one) > 2**40
     assert list(one) == list(image_names("00" * 32, 3000))
+
+
+def test_a_row_as_long_as_the_cache_does_not_wait_for_its_own_beginning() -> None:
+    """Whose last page would be copied from one for which there is no room beside it."""
+    scheduler = Scheduler(Cache(4, 4), 2)
+    for last in (1, 2):
+        row = Row([7] * 14 + [last], ROOT)
+        scheduler.add(row)
+        part = scheduler.reading(100)
+        assert part is not None
+        scheduler.advance(row, part.count)
+        scheduler.stop(row)
+    assert row.cached == 12
+
+
+def test_equal_pages_among_many_siblings_are_one() -> None:
+    cache = Cache(200, 2)
+    first = filled(cache, [0, 0])
+    others = [filled(cache, [1, number])[0] for number in range(100)]
+    again = filled(cache, [0, 0])
+    for pages in (first, others, again):
+        cache.release(pages)
+    assert cache.idle == 101
+    assert len({cache.take() for _ in range(200)}) == 200
+
+
+def test_a_row_that_reads_again_does_not_stop_one_that_reads() -> None:
+    scheduler = Scheduler(Cache(7, 4), 3)
+    long, other = Row([1] * 10, ROOT), Row([2] * 9, ROOT)
+    scheduler.add(long)
+    part = scheduler.reading(100)
+    assert part is not None
+    scheduler.advance(long, 10)
+    long.push(3)
+    scheduler.add(other)
+    part = scheduler.reading(2)
+    assert part == Part(other, 2)
+    scheduler.advance(other, 2)
+    long.names += [1] * 6  # it has grown past what is free
+    scheduler.read_again(long, b"long")
+    part = scheduler.reading(100)
+    assert part == Part(other, 7)
 
 
 # --- the whole engine -------------------------------------------------------------------------------------------------
@@ -325,7 +367,7 @@ def test_many_requests_of_many_threads_are_neither_lost_nor_crossed(
         for at in range(0, len(numbers), 5):
             group = [(number, engine.submit(requests[number])) for number in numbers[at : at + 5]]
             for number, generation in group:
-                most = chance.randint(0, 5) if chance.random() < 0.1 else None
+                most = chance.randint(1, 5) if chance.random() < 0.1 else None
                 said = [step.token for step in itertools.islice(engine.follow(generation), most)]
                 if said != expected[number][:most]:
                     wrong.append((number, most, said))
@@ -338,6 +380,102 @@ def test_many_requests_of_many_threads_are_neither_lost_nor_crossed(
     assert not wrong
     assert engine.pages_held == 0
     assert not engine.step()
+
+
+@pytest.mark.usefixtures("small_pages")
+def test_forced_tokens_find_room_in_new_pages(model: pumice.Model) -> None:
+    names = ["the name of the shop", "the sum of all that was bought"]
+    schema = {"type": "object", "properties": {each: {"type": "boolean"} for each in names}, "required": names}
+    engine = Engine(model.network, positions=220)
+    form = pumice.Form.of(schema=schema)
+    assert form is not None
+    requests = [
+        Request(prompt_ids(model, [], [10 + at] * 9), [], Sampling(max_tokens=120), model._grammar(form))
+        for at in range(3)
+    ]
+    under_way = [engine.submit(each) for each in requests]
+    while engine.step():
+        pass
+    for generation in under_way:
+        assert generation.error is None
+        text = b"".join(model.tokenizer.bytes_of(token) for token in taken(generation)).decode()
+        assert set(form.value(text)) == set(names)
+    assert engine.pages_held == 0
+
+
+@pytest.mark.parametrize("where", ["forward", "look"])
+def test_a_request_without_memory_fails_alone(
+    model: pumice.Model, images: list[Prepared], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    engine = Engine(model.network)
+    short = engine.submit(Request([5] * 4, [], Sampling(max_tokens=8)))
+    engine.step()
+    large = engine.submit(Request(prompt_ids(model, images[:1], [15]), images[:1], Sampling(max_tokens=3)))
+    whole = getattr(type(model.network), where)
+
+    def fails(self: object, x: torch.Tensor, *others: object) -> torch.Tensor:
+        if where == "look" or x.shape[1] > 4:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        return whole(self, x, *others)
+
+    monkeypatch.setattr(type(model.network), where, fails)
+    for _ in range(5):
+        engine.step()
+    with pytest.raises(UserError, match="not enough memory"):
+        list(engine.follow(large))
+    assert len(list(engine.follow(short))) == 8
+    assert engine.pages_held == 0
+
+
+def test_a_step_that_breaks_off_leaves_whole_rows(model: pumice.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(model.network)
+    requests = [Request([id] * 9, [], Sampling(max_tokens=9)) for id in (15, 16)]
+    under_way = [engine.submit(each) for each in requests]
+    for _ in range(3):
+        engine.step()
+    monkeypatch.setattr("pumice.engine.draw_all", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    monkeypatch.undo()
+    while engine.step():
+        pass
+    for generation, request in zip(under_way, requests):
+        assert taken(generation) == plain(model, request.ids, [], 9)
+
+
+def test_a_stream_that_is_dropped_frees_its_pages(model: pumice.Model) -> None:
+    for begin in (model.stream, model.chat().stream):
+        stream = begin("Say it")
+        piece = next(iter(stream))
+        assert piece
+        assert model.engine.pages_held > 0
+        del stream
+        assert model.engine.pages_held == 0
+
+
+def test_a_cancel_within_a_step_waits_for_its_end(model: pumice.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the garbage collection drops a stream while the network runs."""
+    engine = Engine(model.network)
+    dropped, kept = (engine.submit(Request([id] * 5, [], Sampling(max_tokens=6))) for id in (15, 16))
+    engine.step()
+    whole = type(model.network).forward
+
+    def forward(self: object, *inputs: object) -> torch.Tensor:
+        engine.cancel(dropped)
+        return whole(self, *inputs)
+
+    monkeypatch.setattr(type(model.network), "forward", forward)
+    engine.step()
+    monkeypatch.undo()
+    assert dropped.ended
+    assert len(list(engine.follow(kept))) == 6
+    assert engine.pages_held == 0
+
+
+@pytest.mark.parametrize("wrong", [{"rows": 0}, {"chunk": -1}, {"tiles": 1.5}, {"cache_bytes": True}, {"rows": 2**63}])
+def test_limits_are_numbers(wrong: dict[str, int]) -> None:
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        Limits(**wrong)
 
 
 # --- the disk ---------------------------------------------------------------------------------------------------------
@@ -426,6 +564,8 @@ def test_the_folder_keeps_to_its_size(model: pumice.Model, images: list[Prepared
         asked(model, limits, image, [15])
     assert sum(each.stat().st_size for each in tmp_path.iterdir()) <= 2 * one
     assert asked(model, limits, images[4], [15])[1] > 0
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / ".left.999999999.part").write_bytes(b"by a process that was killed")
     asked(model, Limits(cache_dir=tmp_path / "none", disk_bytes=0), images[4], [15])
     assert list((tmp_path / "none").iterdir()) == []
 
@@ -477,7 +617,7 @@ def test_forced_tokens_are_read_at_once(model: pumice.Model, monkeypatch: pytest
     monkeypatch.setattr(type(model.network), "forward", counted)
     answer = model.ask("Read it.", sampling=Sampling(max_tokens=300), schema=RECEIPT)
     assert len(passes) < len(answer.tokens) - 5
-    assert sum(passes[1:]) >= len(answer.tokens) - 1
+    assert max(passes[1:]) > 5
     passes.clear()
     with_chances = model.ask("Read it.", sampling=Sampling(max_tokens=300, logprobs=0), schema=RECEIPT)
     assert len(passes) == len(with_chances.tokens)

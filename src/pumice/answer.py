@@ -91,6 +91,8 @@ class Answering:
     @property
     def ended(self) -> bool:
         """Whether its last token was taken. Raises what it failed with."""
+        if self.stopped:
+            return True
         generation = self._generation
         if generation is None or not generation.ended or generation.steps:
             return False

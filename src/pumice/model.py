@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -45,6 +46,7 @@ class Model(Prompter):
         super().__init__(name, config, tokenizer)
         self.network = network
         self._grammars: dict[Form, Grammar] = {}
+        self._compiling = threading.Lock()
 
     def ask(
         self,
@@ -104,22 +106,25 @@ class Model(Prompter):
                     under_way.append(self._open(question))
                     under_way[-1].start()
                 except UserError as error:
-                    raise UserError(f"question {number}: {error.message}", hint=error.hint) from error
+                    raise _numbered(number, error) from error
                 if len(under_way) == WAITING:
-                    answers.append(self._first(under_way))
+                    answers.append(self._first(under_way, len(answers) + 1))
             while under_way:
-                answers.append(self._first(under_way))
+                answers.append(self._first(under_way, len(answers) + 1))
         finally:
             for opened in under_way:
                 opened.cancel()
         return answers
 
-    def _first(self, under_way: deque[Answering]) -> Answer:
+    def _first(self, under_way: deque[Answering], number: int) -> Answer:
         """The answer of the first, while the others go on."""
-        while not under_way[0].ended:
-            self.engine.step()
-            for opened in under_way:
-                opened.take()
+        try:
+            while not under_way[0].ended:
+                self.engine.step()
+                for opened in under_way:
+                    opened.take()
+        except UserError as error:
+            raise _numbered(number, error) from error
         return under_way.popleft().answer()
 
     def generate(self, ids: Sequence[int], images: Images = None, *, sampling: Sampling | None = None) -> list[int]:
@@ -168,11 +173,13 @@ class Model(Prompter):
         """The form compiled for this vocabulary; the last few are kept."""
         from pumice.engine.schema import compile_form  # its library takes time, and most answers have no form
 
-        if form not in self._grammars:
-            self._grammars[form] = compile_form(form, self.tokenizer, self.config.stop_ids)
-        if len(self._grammars) > FORMS:
-            del self._grammars[next(iter(self._grammars))]
-        return self._grammars[form]
+        with self._compiling:
+            if form not in self._grammars:
+                self._grammars[form] = compile_form(form, self.tokenizer, self.config.stop_ids)
+            grammar = self._grammars[form]
+            if len(self._grammars) > FORMS:
+                del self._grammars[next(iter(self._grammars))]
+        return grammar
 
     def features(self, images: Sequence[Prepared]) -> list[torch.Tensor]:
         """What the language model gets of each image: (tokens, width), row ends included."""
@@ -188,6 +195,10 @@ class Model(Prompter):
         self.check_ids(ids)
         x_1TD = self.network.embed(torch.tensor([list(ids)], device=self.network.like.device), features)
         return self.network.logits(self.network(x_1TD)[0, -last:]).float()
+
+
+def _numbered(number: int, error: UserError) -> UserError:
+    return UserError(f"question {number}: {error.message}", hint=error.hint)
 
 
 class Stream:
@@ -245,11 +256,16 @@ class ChatStream(Stream):
         super().__init__(model, question)
 
     def _run(self) -> Iterator[str]:
-        yield from super()._run()
-        new = len(listed(self._question.image))
-        images = self._opened.seen.images[-new:] if new else []
-        turn = Exchange(self._question.prompt, self._opened.answer().text, tuple(images))
-        self._chat.history = (*self._chat.history, turn)
+        return _remembered(self._chat, self._question, self._opened)
+
+
+def _remembered(chat: Chat, question: Question, opened: Answering) -> Iterator[str]:
+    """The pieces of a turn, which then belongs to the chat. Not a method: a stream that its own generator holds would
+    not be freed when it is dropped."""
+    yield from opened.pieces()
+    new = len(listed(question.image))
+    images = opened.seen.images[-new:] if new else []
+    chat.history = (*chat.history, Exchange(question.prompt, opened.answer().text, tuple(images)))
 
 
 @dataclass(frozen=True)

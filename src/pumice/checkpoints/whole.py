@@ -22,7 +22,7 @@ def whole(path: Path, *, replace: bool = False) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
+        sweep(path.parent, path.name)
         yield partial
         if path.is_dir() and any(path.iterdir()):
             _remove(path)
@@ -47,9 +47,9 @@ def check_free(path: Path, *, replace: bool = False) -> None:
         raise UserError(f"{path} is a folder with other things than a checkpoint in it", hint="name a new folder")
 
 
-def _sweep(path: Path) -> None:
-    """Remove what earlier processes began under this name and will not end."""
-    for old in path.parent.glob(f".{path.name}.*.part"):
+def sweep(folder: Path, name: str = "*") -> None:
+    """Remove what earlier processes began in a folder, under this name or any, and will not end."""
+    for old in folder.glob(f".{name}.*.part"):
         number = old.name.removesuffix(".part").rpartition(".")[2]
         if number.isdecimal() and not _alive(int(number)):
             _remove(old)

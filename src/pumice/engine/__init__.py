@@ -32,6 +32,8 @@ __all__ = ["Engine", "Generation", "Limits", "Request", "Sampling", "Step", "pos
 
 PAGE = 32
 """Positions of a page."""
+MOST_WAIT_S = 0.05
+"""Before it is looked again whether there are pages."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,24 @@ class Limits:
     alone_tiles: int = 8
     cache_dir: Path | None = None
     disk_bytes: int = 32 * 2**30
+
+    def __post_init__(self) -> None:
+        """Raises UserError for what is no such number."""
+        for name in (
+            "cache_bytes",
+            "feature_bytes",
+            "rows",
+            "chunk",
+            "alone_chunk",
+            "tiles",
+            "alone_tiles",
+            "disk_bytes",
+        ):
+            value, least = vars(self)[name], 0 if name.endswith("bytes") else 1
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
+                raise UserError(f"{name} is {value!r:.100}", hint=f"give a whole number from {least}")
+        if self.cache_dir is not None:
+            object.__setattr__(self, "cache_dir", Path(self.cache_dir))
 
 
 class Engine:
@@ -90,6 +110,10 @@ class Engine:
             self._archive = Archive(disk, model, self._scheduler.cache, self._keys, self._values)
         self._generations: dict[Row, Generation] = {}
         self._lock = threading.RLock()
+        self._released = threading.Condition(self._lock)
+        self._stepping = False
+        self._unwanted: list[Generation] = []
+        """Cancelled while a step ran, as when a stream is dropped by the garbage collection."""
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -126,9 +150,11 @@ class Engine:
             self._archive.wait()
 
     def cancel(self, generation: Generation) -> None:
-        """No more tokens for this request; its pages are free at once."""
+        """No more tokens for this request; its pages are free at once, or when the step ends that runs now."""
         with self._lock:
-            if not generation.ended:
+            if self._stepping:
+                self._unwanted.append(generation)
+            elif not generation.ended:
                 self._end(generation)
 
     def follow(self, generation: Generation) -> Iterator[Step]:
@@ -168,8 +194,16 @@ class Engine:
         with self._lock:
             if self._scheduler.idle:
                 return False
-            decoding = self._decode()
-            self._read(decoding)
+            self._stepping = True
+            try:
+                decoding = self._decode()
+                if not self._read(decoding) and not decoding:
+                    self._released.wait(MOST_WAIT_S)  # for pages that go to the disk
+            finally:
+                self._stepping = False
+                self._scheduler.repair()
+                while self._unwanted:
+                    self.cancel(self._unwanted.pop())
             return True
 
     def _decode(self) -> bool:
@@ -185,26 +219,35 @@ class Engine:
         ids_B1 = torch.tensor([row.names[-1:] for row in rows], device=self._device)
         positions_B1 = torch.tensor([[row.done] for row in rows], device=self._device)
         batch = Batch(positions_B1, pages=self._pages(rows))
-        hidden_B1D = self._network(self._network.language_model.embed_tokens(ids_B1), batch)
+        try:
+            hidden_B1D = self._network(self._network.language_model.embed_tokens(ids_B1), batch)
+            logits_BV = self._network.logits(hidden_B1D[:, 0])
+        except (MemoryError, RuntimeError) as error:
+            self._fail(self._generations[rows[-1]], _out_of_memory(error))
+            return True
         for row in rows:
             self._scheduler.advance(row, 1)
-        self._draw(rows, self._network.logits(hidden_B1D[:, 0]), started)
+        self._draw(rows, logits_BV, started)
         return True
 
-    def _read(self, decoding: bool) -> None:
-        """So much of prompts as a step may read."""
-        budget = self._limits.chunk if decoding else self._limits.alone_chunk
+    def _read(self, decoding: bool) -> bool:
+        """So much of prompts as a step may read. Whether anything was read."""
+        most = budget = self._limits.chunk if decoding else self._limits.alone_chunk
         self._recall()
         while budget > 0 and (part := self._scheduler.reading(budget)):
             if part.copy is not None:
                 for layer in (*self._keys, *self._values):
                     layer[part.copy[1]] = layer[part.copy[0]]
             generation = self._generations[part.row]
-            if not self._looked(generation, part, decoding):
-                return
-            self._read_part(generation, part)
+            try:
+                if not self._looked(generation, part, decoding):
+                    return True
+                self._read_part(generation, part)
+            except (MemoryError, RuntimeError) as error:
+                self._fail(generation, _out_of_memory(error))
             self._recall()
             budget -= part.count
+        return budget < most
 
     def _looked(self, generation: Generation, part: Part, decoding: bool) -> bool:
         """Whether the features are there that this part of the prompt needs; the next tiles are encoded if not."""
@@ -239,13 +282,14 @@ class Engine:
         reach_1 = torch.tensor([len(row.names) - 1], device=self._device)
         batch = Batch(positions_1T, pages=self._pages([row]), kept=int(last), reach_B=reach_1)
         hidden_1KD = self._network(self._embedded(generation, start, end), batch)
+        logits_1V = self._network.logits(hidden_1KD[:, -1]) if last else None
         self._scheduler.advance(row, part.count)
-        if last:
-            generation.features.clear()
-            self._write(generation)
-            self._draw([row], self._network.logits(hidden_1KD[:, -1]), started)
-        else:
+        if logits_1V is None:
             generation.reading_s += time.perf_counter() - started
+            return
+        generation.features.clear()
+        self._write(generation)
+        self._draw([row], logits_1V, started)
 
     def _embedded(self, generation: Generation, start: int, end: int) -> Tensor:
         """What enters the network for positions start to end: (1, T, D)."""
@@ -262,33 +306,29 @@ class Engine:
     def _draw(self, rows: Sequence[Row], logits_BV: Tensor, started: float) -> None:
         """The next token of each row. One whose token cannot be drawn fails alone."""
         generations = [self._generations[row] for row in rows]
-        try:
-            drawn = draw_all([each.sampler for each in generations], logits_BV)
-        except UserError as error:
-            if len(rows) == 1:
-                self._fail(generations[0], error)
-            else:
-                for at, row in enumerate(rows):
-                    self._draw([row], logits_BV[at : at + 1], started)
-            return
+        drawn = draw_all([each.sampler for each in generations], logits_BV)
         seconds = time.perf_counter() - started
         for generation, each in zip(generations, drawn):
-            self._push(generation, each, seconds)
+            if isinstance(each, UserError):
+                self._fail(generation, each)
+            else:
+                self._push(generation, each, seconds)
 
     def _push(self, generation: Generation, drawn: Drawn, seconds: float) -> None:
+        """A token that was drawn, and those that the form then forces."""
         row, guide = generation.row, generation.guide
         self._add(generation, drawn, seconds + generation.reading_s)
         generation.reading_s = 0.0
-        try:
-            if guide is not None and generation.request.sampling.logprobs is None:
+        if guide is not None and not generation.ended and generation.request.sampling.logprobs is None:
+            try:
                 # Read in one pass of its own, which pays where it saves more steps than other rows wait for it.
                 forced = guide.forced()
                 for token in forced if len(forced) >= self._scheduler.running else ():
                     if not generation.ended:
                         generation.sampler.take(token)
                         self._add(generation, Drawn(token), 0.0)
-        except UserError as error:
-            self._fail(generation, error)
+            except UserError as error:
+                self._fail(generation, error)
         if not generation.ended and self._root(len(row.names)) != row.root:
             self._scheduler.read_again(row, self._root(len(row.names)))
 
@@ -312,7 +352,7 @@ class Engine:
     def _recall(self) -> None:
         """Of the row that is admitted next, what an earlier process has read, up to its last image or an earlier."""
         row = self._scheduler.next
-        if self._archive is None or row is None or row.cached is not None:
+        if self._archive is None or row is None or row.cached is not None or not self._scheduler.has_room(row):
             return
         generation = self._generations[row]
         while generation.image_ends:
@@ -332,6 +372,7 @@ class Engine:
         def done() -> None:
             with self._lock:
                 cache.release(pages)
+                self._released.notify_all()
 
         self._archive.write(keys, pages, done)
 
@@ -342,11 +383,14 @@ class Engine:
         del self._generations[generation.row]
         generation.ended = True
         generation.features.clear()
-        self._eyes.forget(generation.request.images)
+        for image in generation.request.images:
+            if self._eyes.begun(image) and not any(each.asks_about(image) for each in self._generations.values()):
+                self._eyes.forget(image)
 
     def _fail(self, generation: Generation, error: UserError) -> None:
-        generation.error = error
-        self._end(generation)
+        if not generation.ended:
+            generation.error = error
+            self._end(generation)
 
     def _root(self, length: int) -> bytes:
         """The key that a row of this length begins with."""
@@ -357,6 +401,16 @@ class Engine:
         most = max(len(row.pages) for row in rows)
         table = [row.pages + row.pages[-1:] * (most - len(row.pages)) for row in rows]
         return Pages(self._keys, self._values, torch.tensor(table, device=self._device))
+
+
+def _out_of_memory(error: Exception) -> UserError:
+    """What to say of a pass for which there was no memory. Another error is a bug, and is raised."""
+    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        raise error
+    return UserError(
+        "there is not enough memory left for this request",
+        hint="send fewer or smaller images or less text, or give the engine less: pumice.Limits(cache_bytes=...)",
+    )
 
 
 def position_bytes(network: Llava) -> int:

@@ -140,7 +140,7 @@ class Cache:
         full = len(names) == self.size
         key = page_key(parent, names)
         same = self._longest(parent, names)
-        if same is not None and same[1] == len(names):
+        if (full and key in self._by_key) or (same is not None and same[1] == len(names)):
             return key
         if page in self._nodes:
             self._forget(page)
@@ -149,6 +149,12 @@ class Cache:
         if full:
             self._by_key[key] = page
         return key
+
+    def without_partial(self, found: Found) -> Found:
+        """What was found, with the page let go that fits only in part."""
+        if found.partial is not None:
+            self.release([found.partial[0]])
+        return Found(found.pages, found.keys, None, len(found.pages) * self.size)
 
     def hold(self, pages: Sequence[int]) -> None:
         """One more holds these pages, which are held already."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pumice.checkpoints.safetensors_writer import Weight, put_safetensors
 from pumice.checkpoints.tensors import open_file
-from pumice.checkpoints.whole import whole
+from pumice.checkpoints.whole import sweep, whole
 from pumice.errors import UserError
 
 END = ".safetensors"
@@ -32,6 +32,7 @@ class Disk:
         """Raises UserError for a folder that cannot be made."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            sweep(folder)
         except OSError as error:
             raise UserError(
                 f"the cache folder {folder} cannot be made: {error.strerror}", hint="name a folder that can be written"

@@ -59,7 +59,10 @@ class Eyes:
                 del self._tiles[image.digest]
                 self.put(image, self._network.merge(torch.stack(tiles), image.grid))
 
-    def forget(self, images: Sequence[Prepared]) -> None:
-        """Drop what was begun of images that nobody asks about any more."""
-        for image in images:
-            self._tiles.pop(image.digest, None)
+    def begun(self, image: Prepared) -> bool:
+        """Whether some of its tiles, and not all, are encoded."""
+        return image.digest in self._tiles
+
+    def forget(self, image: Prepared) -> None:
+        """Drop what was begun of an image that nobody asks about any more."""
+        self._tiles.pop(image.digest, None)

@@ -88,6 +88,9 @@ class Generation:
         """Positions of the prompt that were found in the cache."""
         return min(self.row.cached or 0, len(self.request.ids))
 
+    def asks_about(self, image: Prepared) -> bool:
+        return any(each.digest == image.digest for each in self.request.images)
+
     def shown(self, start: int, end: int) -> list[Prepared]:
         """Images of which features stand at positions start to end."""
         first, last = (bisect.bisect_left(self.places, each) for each in (start, end))

@@ -182,7 +182,10 @@ class Sampler:
     def draw(self, logits_V: Tensor) -> Drawn:
         """The next token, from scores of one position; remembers it. Raises UserError for scores that are no numbers,
         and where the guide allows no token."""
-        return draw_all([self], logits_V[None])[0]
+        (drawn,) = draw_all([self], logits_V[None])
+        if isinstance(drawn, UserError):
+            raise drawn
+        return drawn
 
     def take(self, token: int) -> None:
         """A token that came without being drawn, as when a grammar allows no other: the row has it, the guide knows."""
@@ -233,23 +236,21 @@ class _Seen:
         self.counts[place] += 1
 
 
-def draw_all(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[Drawn]:
-    """The next token of every row, each as its sampler alone would draw it. Of plain rows nothing but the token leaves
-    the device; the scores of the others are moved together.
-
-    Raises UserError as `Sampler.draw` does, before any row has drawn: drawing one by one then tells whose fault it is.
-    """
+def draw_all(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[Drawn | UserError]:
+    """The next token of every row, each as its sampler alone would draw it, or what `Sampler.draw` would raise for it:
+    a row that cannot draw changes nothing for the others. Of plain rows nothing but the token leaves the device; the
+    scores of the others are moved together."""
     largest_B, best_B = logits_BV.max(-1)  # a score that is no number counts as the largest
     best = torch.where(largest_B.isfinite(), best_B, -1).tolist()
-    if -1 in best:
-        raise _no_numbers()
-    drawn = [Drawn(token) for token in best]
-    others = [row for row, sampler in enumerate(samplers) if not sampler.plain]
+    drawn: list[Drawn | UserError] = [_no_numbers() if token < 0 else Drawn(token) for token in best]
+    others = [row for row, sampler in enumerate(samplers) if best[row] >= 0 and not sampler.plain]
     if others:
         logits_NV = (logits_BV if len(others) == len(best) else logits_BV[others]).detach().float().cpu()
-        scores = [samplers[row]._adjusted(logits_V) for row, logits_V in zip(others, logits_NV)]
-        for row, logits_V, scores_V in zip(others, logits_NV, scores):
-            drawn[row] = samplers[row]._drawn(logits_V, scores_V)
+        for row, logits_V in zip(others, logits_NV):
+            try:
+                drawn[row] = samplers[row]._drawn(logits_V, samplers[row]._adjusted(logits_V))
+            except UserError as error:
+                drawn[row] = error
     return drawn
 
 

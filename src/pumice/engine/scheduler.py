@@ -81,6 +81,10 @@ class Scheduler:
         reads = any(each.reads for each in self._running)
         return self._waiting[0] if self._waiting and not reads and len(self._running) < self._most_rows else None
 
+    def has_room(self, row: Row) -> bool:
+        """Whether there are pages now for all of a row, whatever can be found of it."""
+        return self.cache.available >= self._pages_of(len(row.names))
+
     def fits(self, positions: int) -> bool:
         """Whether a row so long can run, if it must alone."""
         return self._pages_of(positions) <= self.cache.count
@@ -98,17 +102,19 @@ class Scheduler:
             self._waiting.remove(row)
 
     def decoding(self) -> tuple[list[Row], list[Row]]:
-        """Rows that gain a token by one more position, each with a page for it; and those for which there is none,
-        though no other row could give one. These still run."""
+        """Rows that gain a token by one more position, and those for which there is no page, though no other row could
+        give one: these still run. Every row that has pages has enough of them now."""
         stuck = []
-        for row in [each for each in self._running if not each.reads]:
-            while row in self._running and row not in stuck and self._pages_of(len(row.names)) > len(row.pages):
+        for row in [each for each in self._running if each.pages]:
+            while row in self._running and row not in stuck and not self._has_pages(row):
                 if self.cache.available:
                     row.pages.append(self.cache.take())
                 elif len(self._running) > 1:
                     self._preempt()
-                else:
+                elif self.cache.held == len(row.pages):
                     stuck.append(row)
+                else:
+                    return [], []  # what else holds pages gives them back
         return [each for each in self._running if not each.reads and each not in stuck], stuck
 
     def reading(self, most: int) -> Part | None:
@@ -116,10 +122,13 @@ class Scheduler:
 
         One row reads at a time, so that the next may find what this one has read.
         """
-        row = next((each for each in self._running if each.reads), None)
-        if row is not None and row.pages:
+        reading = [each for each in self._running if each.reads]
+        row = next((each for each in reading if self._has_pages(each)), None)
+        if row is not None:
             return Part(row, min(most, row.left))
-        row = row or self.next
+        if any(each.pages for each in reading):
+            return None  # it has grown, and `decoding` finds it a page
+        row = reading[0] if reading else self.next
         return None if row is None else self._admit(row, most)
 
     def advance(self, row: Row, count: int) -> None:
@@ -133,6 +142,12 @@ class Scheduler:
         if row.new == 0 and row.left == 0:
             self._keep_rest(row)
 
+    def repair(self) -> None:
+        """After a pass that broke off: a row whose token was not drawn is read again."""
+        for row in self._running:
+            if row.left == 0:
+                self.read_again(row, row.root)
+
     def read_again(self, row: Row, root: bytes) -> None:
         """All of a running row is to be read anew, as one of this root."""
         self._release(row)
@@ -144,7 +159,9 @@ class Scheduler:
         found = self.cache.find(row.names, len(row.names) - 1, row.root)
         wanted = self._pages_of(len(row.names)) - len(found.pages)
         if self.cache.available < wanted + others:
-            self._drop(found.pages, found.partial)
+            found = self.cache.without_partial(found)
+        if self.cache.available < wanted + others:
+            self.cache.release(found.pages)
             return None
         row.pages = found.pages + [self.cache.take() for _ in range(wanted)]
         row.keys, row.done = found.keys, found.positions
@@ -155,13 +172,8 @@ class Scheduler:
         copy = None
         if found.partial is not None:
             copy = found.partial[0], row.pages[len(found.pages)]
-            self._drop([], found.partial)
+            self.cache.without_partial(found)
         return Part(row, min(most, row.left), copy)
-
-    def _drop(self, pages: list[int], partial: tuple[int, int] | None) -> None:
-        self.cache.release(pages)
-        if partial is not None:
-            self.cache.release([partial[0]])
 
     def _preempt(self) -> None:
         """The youngest row waits again, before all others."""
@@ -182,6 +194,9 @@ class Scheduler:
 
     def _parent(self, row: Row) -> bytes:
         return row.keys[-1] if row.keys else row.root
+
+    def _has_pages(self, row: Row) -> bool:
+        return len(row.pages) >= self._pages_of(len(row.names))
 
     def _pages_of(self, positions: int) -> int:
         return -(-positions // self.cache.size)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -266,6 +267,7 @@ class Blocks:
         sizes.heads(shape.heads, shape.kv_heads, shape.head_width)
         self.shape, self._width = shape, blocks[0].norms[0].shape[0]
         self._held: list[object] = []
+        self._lock = threading.Lock()  # where keys and values lie is written into what is described
         self._blocks = (CBlock * len(blocks))(*(self._described(each) for each in blocks))
 
     def _described(self, block: BlockWeights) -> CBlock:
@@ -295,8 +297,6 @@ class Blocks:
         """
         sizes.passed(x_BTD, turn, self._width, self.shape.head_width)
         sizes.pages([*pages.keys, *pages.values], (self.shape.kv_heads, self.shape.head_width))
-        for block, keys, values in zip(self._blocks, pages.keys, pages.values, strict=True):
-            block.keys, block.values = keys.data_ptr(), values.data_ptr()
         rows, tokens, _ = x_BTD.shape
         first = 0 if kept is None else tokens - kept
         assert 0 <= first <= (tokens if rows == 1 else 0), f"{kept} of {tokens} positions of {rows} rows are asked for"
@@ -306,11 +306,14 @@ class Blocks:
         count = min(tokens, -(-rows * tokens // MOST_POSITIONS))
         ends = [tokens * part // count for part in range(count + 1)]
         outs = []
-        for start, end in itertools.pairwise(ends):
-            asked = min(end - start, max(0, end - first))
-            turned = [each[:, start:end].contiguous() for each in turn_BTE]
-            out_BTD = self._part(x_BTD[:, start:end], turned, places_BT[:, start:end].contiguous(), pages, asked)
-            outs.append(out_BTD[:, end - start - asked :])
+        with self._lock:
+            for block, keys, values in zip(self._blocks, pages.keys, pages.values, strict=True):
+                block.keys, block.values = keys.data_ptr(), values.data_ptr()
+            for start, end in itertools.pairwise(ends):
+                asked = min(end - start, max(0, end - first))
+                turned = [each[:, start:end].contiguous() for each in turn_BTE]
+                out_BTD = self._part(x_BTD[:, start:end], turned, places_BT[:, start:end].contiguous(), pages, asked)
+                outs.append(out_BTD[:, end - start - asked :])
         return torch.cat(outs, dim=1)
 
     def _part(self, x_BTD: Tensor, turn_BTE: Sequence[Tensor], places_BT: Tensor, pages: Pages, kept: int) -> Tensor:
