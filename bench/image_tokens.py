@@ -135,6 +135,7 @@ def _seconds(model: Model, picture: Image.Image, limits: Sequence[int], rounds: 
     found: list[list[Timings]] = [[] for _ in limits]
     for round in range(rounds):
         for timings, question in zip(found, asked):
+            model.limit(pumice.Limits())  # and so forgets the picture
             timings.append(model.answer(question).timings)
         print(f"{model.name}, round {round + 1}", file=sys.stderr)
     return [(min(each.encode_s for each in timings), min(each.prefill_s for each in timings)) for timings in found]

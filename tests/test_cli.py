@@ -468,3 +468,18 @@ def test_output_that_an_encoding_cannot_say_is_escaped(folder: Path) -> None:
         out, err = process.communicate(timeout=90)
     assert (process.returncode, err) == (0, b"")
     assert b"gr\\xf6\\xdfer" in out
+
+
+def test_a_schema_and_a_cache_folder(command: Command, folder: Path, photo: Path, tmp_path: Path) -> None:
+    """The second process finds the picture that the first has read, and both keep to the schema."""
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object", "properties": {"big": {"type": "boolean"}}, "required": ["big"]}')
+    asked = ["run", folder, "What is it?", "-i", photo, "--schema", schema, "--cache", tmp_path / "cache", "--json"]
+    first, second = (json.loads(command(*asked, "--max-tokens", 200).out) for _ in range(2))
+    assert first["text"] == second["text"]
+    assert isinstance(json.loads(first["text"])["big"], bool)
+    assert first["cached_tokens"] == 0
+    assert len(list((tmp_path / "cache").iterdir())) >= 1
+    refused(command("run", folder, "What?", "--schema", tmp_path / "none.json"), "No such file", "JSON schema")
+    schema.write_text('{"type": "string", "minLenght": 3}')
+    refused(command("run", folder, "What?", "--schema", schema), "minLenght", "minLength")

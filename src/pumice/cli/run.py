@@ -123,7 +123,8 @@ def _form(path: Path | None, asked: Question | None) -> Form | None:
     try:
         return Form.of(schema=path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the schema {path} cannot be read: {error}", hint="name a file with a JSON schema") from error
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(f"the schema {path} cannot be read: {why}", hint="name a file with a JSON schema") from error
 
 
 def _prompt(given: str | None) -> str | None:
