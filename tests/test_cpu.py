@@ -15,6 +15,7 @@ from pumice.config import Rotary
 from pumice.ops import cpu, reference
 from pumice.ops.cpu import Blocks, BlocksShape, BlockWeights, Pages
 from pumice.ops.library import INSTRUCTION_SETS, library
+from pumice.ops.pages import LayerPages
 from pumice.quant import FORMATS, QTensor
 
 ROTARY = Rotary(1e4)
@@ -228,6 +229,39 @@ class OneByOne:
             gated = reference.gated_mlp(*cpu.linears(h_BTD, [gate, up], [None, None]))
             x_BTD = x_BTD + cpu.linears(gated, [down], [None])[0]
         return x_BTD
+
+
+@pytest.mark.parametrize("type", list(cpu.KEY_TYPES))
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("tokens", [1, 12])
+def test_attention_in_pages(type: torch.dtype, window: int | None, tokens: int, instruction_set: str) -> None:
+    """Rows of unequal lengths in shuffled pages, of which what nobody sees is no number: each query is attended by
+    itself over keys that are gathered one by one."""
+    draw = torch.Generator().manual_seed(8)
+    rows, heads, kv_heads, width, size = 3, 4, 2, 32, 8
+    table_RP = torch.randperm(12, generator=draw).view(rows, 4)
+    keys, values = (torch.full((12, kv_heads, size, width), torch.nan).to(type) for _ in range(2))
+    pages = LayerPages(keys, values, table_RP)
+    k_BKLE, v_BKLE = (torch.randn(rows, kv_heads, 30, width, generator=draw).to(type) for _ in range(2))
+    q_BHTE = torch.randn(rows, heads, tokens, width, generator=draw)
+    lengths = torch.tensor([0, 7, 17])
+    for row, length in enumerate(lengths.tolist()):
+        alone = LayerPages(keys, values, table_RP[row : row + 1])
+        places_1T = torch.arange(length + tokens)[None]
+        reference.put(
+            k_BKLE[row, None, :, : length + tokens], v_BKLE[row, None, :, : length + tokens], alone, places_1T
+        )
+    places_BT = lengths[:, None] + torch.arange(tokens)
+    given = (cpu.attention_in_pages, reference.attention_in_pages)
+    found = [attend(q_BHTE, pages, places_BT, window) for attend in given]
+    for row in range(rows):
+        for token in range(tokens):
+            last = int(places_BT[row, token]) + 1
+            first = 0 if window is None else max(0, last - window)
+            k_1KSE, v_1KSE = (each[row, None, :, first:last].float() for each in (k_BKLE, v_BKLE))
+            expected = reference.attention(q_BHTE[row, None, :, token, None], k_1KSE, v_1KSE, None, False)[0, :, 0]
+            for each_BHTE in found:
+                assert far(each_BHTE[row, :, token], expected) < 1e-5
 
 
 @pytest.mark.parametrize("type", list(cpu.KEY_TYPES))

@@ -106,7 +106,7 @@ def test_no_row_finds_what_another_wrote(seed: int, size: int, pages: int) -> No
 
 def filled(cache: Cache, names: list[int]) -> list[int]:
     """Pages with these names in them, still held."""
-    pages, parent = [], cache.root
+    pages, parent = [], ROOT
     for at in range(0, len(names), cache.size):
         pages.append(cache.take())
         parent = cache.keep(pages[-1], parent, names[at : at + cache.size])
@@ -117,13 +117,13 @@ def test_a_row_finds_the_longest_beginning() -> None:
     cache = Cache(10, 4)
     pages = filled(cache, [1, 2, 3, 4, 5, 6, 7, 8, 9, 9])
     cache.release(pages)
-    found = cache.find([1, 2, 3, 4, 5, 6, 0, 0, 0], 8)
+    found = cache.find([1, 2, 3, 4, 5, 6, 0, 0, 0], 8, ROOT)
     assert (found.pages, found.partial, found.positions) == (pages[:1], (pages[1], 2), 6)
-    found = cache.find([1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9], 10)
+    found = cache.find([1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9], 10, ROOT)
     assert (found.pages, found.partial, found.positions) == (pages[:2], (pages[2], 2), 10)
-    assert cache.find([1, 2, 3, 4], 3).positions == 3
-    assert cache.find([2, 2, 3, 4, 5], 4).positions == 0
-    assert cache.find([1, 2, 3, 4, 5], 4, root=b"another").positions == 0
+    assert cache.find([1, 2, 3, 4], 3, ROOT).positions == 3
+    assert cache.find([2, 2, 3, 4, 5], 4, ROOT).positions == 0
+    assert cache.find([1, 2, 3, 4, 5], 4, b"another").positions == 0
 
 
 def test_what_was_not_used_for_the_longest_goes_first_and_ends_before_beginnings() -> None:
@@ -132,8 +132,8 @@ def test_what_was_not_used_for_the_longest_goes_first_and_ends_before_beginnings
     cache.release(old)
     cache.release(new)
     assert [cache.take(), cache.take()] == old[::-1]
-    assert cache.find([1, 1, 5], 2).positions == 0
-    found = cache.find([3, 3, 4, 4, 5], 4)
+    assert cache.find([1, 1, 5], 2, ROOT).positions == 0
+    found = cache.find([3, 3, 4, 4, 5], 4, ROOT)
     assert found.pages == new
     assert cache.available == 0
     with pytest.raises(AssertionError, match="all pages are held"):
@@ -629,3 +629,9 @@ def test_an_answer_in_a_form_that_is_cut_short_says_so(model: pumice.Model) -> N
     with pytest.raises(UserError, match="cut short"):
         _ = answer.value
     assert model.engine.pages_held == 0
+
+
+@pytest.mark.parametrize("stops", [Sampling(stop=["}"]), Sampling(stop_ids=[9])])
+def test_what_would_cut_a_form_short_is_refused(model: pumice.Model, stops: Sampling) -> None:
+    with pytest.raises(UserError, match="came with a form"):
+        model.ask("Read it.", sampling=stops, schema=RECEIPT)

@@ -160,6 +160,11 @@ class Model(Prompter):
 
     def _open(self, question: Question, seen: Seen | None = None) -> Answering:
         started = time.perf_counter()
+        if question.form is not None and (question.sampling.stop or question.sampling.stop_ids):
+            raise UserError(
+                "stop texts or tokens came with a form, which they would cut short",
+                hint="leave them out: a form ends by itself",
+            )
         seen = seen or self.see(question)
         # A form ends by itself, and a stop text of the template might stand in the middle of it.
         ends = () if question.raw or question.form else prompt.TEMPLATES[self.config.template].stop

@@ -59,17 +59,10 @@ class Limits:
 
     def __post_init__(self) -> None:
         """Raises UserError for what is no such number."""
-        for name in (
-            "cache_bytes",
-            "feature_bytes",
-            "rows",
-            "chunk",
-            "alone_chunk",
-            "tiles",
-            "alone_tiles",
-            "disk_bytes",
-        ):
-            value, least = vars(self)[name], 0 if name.endswith("bytes") else 1
+        for name, value in vars(self).items():
+            if name == "cache_dir":
+                continue
+            least = 0 if name.endswith("bytes") else 1
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
                 raise UserError(f"{name} is {value!r:.100}", hint=f"give a whole number from {least}")
         if self.cache_dir is not None:
@@ -93,7 +86,6 @@ class Engine:
             most = max(config.max_positions, limits.cache_bytes // position_bytes(network))
             positions = min(most, limits.rows * config.max_positions)
         count = -(-positions // PAGE)
-        self._positions = count * PAGE
         self._scheduler = Scheduler(Cache(count, PAGE), limits.rows)
         shape = (count, config.kv_heads, PAGE, config.head_width)
         # Memory that no page needs is never touched, so on most systems it is never taken.
@@ -123,7 +115,7 @@ class Engine:
         request.sampling.check_vocabulary(self._network.config.text.vocab)
         if not self._scheduler.fits(len(request.ids) + 1):
             raise UserError(
-                f"the prompt is {len(request.ids)} tokens long; the cache has room for {self._positions}",
+                f"the prompt is {len(request.ids)} tokens long; the cache has room for {self._scheduler.positions}",
                 hint="send fewer or smaller images, fewer turns or less text, or give the engine more memory",
             )
         root = self._root(len(request.ids))

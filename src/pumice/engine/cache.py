@@ -53,9 +53,8 @@ class _Node:
 class Cache:
     """`count` pages of `size` positions each. A page is free, held by rows, or idle: held by none, and findable."""
 
-    def __init__(self, count: int, size: int, root: bytes = b"root") -> None:
-        """root: the key of the empty row."""
-        self.count, self.size, self.root = count, size, root
+    def __init__(self, count: int, size: int) -> None:
+        self.count, self.size = count, size
         self._touched = 0  # memory of pages that were never needed is never touched
         self._free: list[int] = []
         self._holders: dict[int, int] = {}
@@ -92,11 +91,12 @@ class Cache:
         self._holders[page] = 1
         return page
 
-    def find(self, names: Sequence[int], most: int, root: bytes | None = None) -> Found:
-        """The longest beginning of a row, of `most` positions at most, that is in pages. They are held."""
+    def find(self, names: Sequence[int], most: int, root: bytes) -> Found:
+        """The longest beginning of a row, of `most` positions at most, that is in pages. They are held. root: the key
+        of the empty row; rows of different roots share nothing."""
         pages: list[int] = []
         keys: list[bytes] = []
-        key, at = root or self.root, 0
+        key, at = root, 0
         while at + self.size <= most:
             key_here = page_key(key, names[at : at + self.size])
             page = self._by_key.get(key_here)
@@ -115,9 +115,7 @@ class Cache:
     def _longest(self, parent: bytes, names: Sequence[int]) -> tuple[int, int] | None:
         best: tuple[int, int] | None = None
         for page in itertools.islice(reversed(self._children.get(parent, {})), LOOKED_AT):
-            same = sum(
-                1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self._nodes[page].names, names))
-            )
+            same = _same(self._nodes[page].names, names)
             if same > (best[1] if best else 0):
                 best = page, same
         return best
@@ -185,13 +183,6 @@ class Cache:
         del siblings[page]
         if not siblings:
             del self._children[node.parent]
-
-    def clear(self) -> None:
-        """Forget all idle pages."""
-        for page in list(self._idle):
-            self._forget(page)
-            self._free.append(page)
-        self._idle.clear()
 
 
 def _same(one: Sequence[int], other: Sequence[int]) -> int:

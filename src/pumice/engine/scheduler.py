@@ -81,6 +81,11 @@ class Scheduler:
         reads = any(each.reads for each in self._running)
         return self._waiting[0] if self._waiting and not reads and len(self._running) < self._most_rows else None
 
+    @property
+    def positions(self) -> int:
+        """What all pages hold together."""
+        return self.cache.count * self.cache.size
+
     def has_room(self, row: Row) -> bool:
         """Whether there are pages now for all of a row, whatever can be found of it."""
         return self.cache.available >= self._pages_of(len(row.names))
