@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pumice import engine, ops
+from pumice import ops
+from pumice.engine import passes
 
 # Tiny networks: a second thread costs more than it brings, and the tests run in two processes.
 torch.set_num_threads(1)
@@ -41,4 +42,4 @@ def unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights in blocks multiplied as the numbers that they stand for, activations and keys as they are: without the
     rounding that the CPU kernels make of activations, and llama.cpp too."""
     monkeypatch.setattr(ops, "_by_kernels", lambda x: False)
-    monkeypatch.setattr(engine, "cache_type", lambda model: model.like.dtype)
+    monkeypatch.setattr(passes, "cache_type", lambda model: model.like.dtype)

@@ -7,6 +7,7 @@ import itertools
 import random
 import threading
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,8 @@ import pumice
 import tiny
 from pumice import Sampling, UserError
 from pumice.engine import Engine, Generation, Limits, Request
-from pumice.engine.cache import Cache, image_names
+from pumice.engine.cache import Cache, Found, image_names
+from pumice.engine.drafts import Pace
 from pumice.engine.scheduler import Part, Row, Scheduler
 from pumice.image import Prepared, prepare
 from pumice.network import llava
@@ -37,7 +39,7 @@ class Shadow:
 
     def __init__(self, pages: int, size: int, rows: int) -> None:
         self.scheduler = Scheduler(Cache(pages, size), rows)
-        self.size = size
+        self.size, self.together = size, 0
         self.memory = [[None] * size for _ in range(pages)]
 
     def write(self, row: Row, count: int) -> None:
@@ -54,13 +56,17 @@ class Shadow:
         for row in rows:
             self.write(row, 1)
             self.say(row, wanted, ended)
-        while budget > 0 and (part := self.scheduler.reading(budget)):
-            if part.copy is not None:
-                self.memory[part.copy[1]] = list(self.memory[part.copy[0]])
-            self.write(part.row, part.count)
-            budget -= part.count
-            if part.row.left == 0:
-                self.say(part.row, wanted, ended)
+        while budget > 0 and (parts := self.scheduler.reading(budget)):
+            self.together += len(parts) > 1
+            for part in parts:
+                if part.copy is not None:
+                    self.memory[part.copy[1]] = list(self.memory[part.copy[0]])
+            for part in parts:
+                self.write(part.row, part.count)
+                budget -= part.count
+            for part in parts:
+                if part.row.left == 0:
+                    self.say(part.row, wanted, ended)
 
     def say(self, row: Row, wanted: dict[Row, list[int]], ended: list[Row]) -> None:
         row.push(wanted[row][row.new])
@@ -104,6 +110,34 @@ def test_no_row_finds_what_another_wrote(seed: int, size: int, pages: int) -> No
     assert shadow.scheduler.cache.held == 0
 
 
+def test_short_rests_are_read_together_and_what_others_read_is_waited_for() -> None:
+    scheduler = Scheduler(Cache(100, 4), 9)
+    first = Row([5] * 30, ROOT)
+    alike = [Row([5] * 29 + [last], ROOT) for last in (6, 7, 8)]
+    other, long = Row([3] * 10, ROOT), Row([4] * 80, ROOT)
+    for row in (first, *alike, other, long):
+        scheduler.add(row)
+    assert scheduler.reading(1000) == [Part(first, 30)]  # the next is to find what it has read
+    scheduler.advance(first, 30)
+    first.push(1)
+    parts = scheduler.reading(1000)
+    assert [(part.row, part.count) for part in parts] == [*((row, 1) for row in alike), (other, 10)]
+    for part in parts:
+        scheduler.advance(part.row, part.count)
+        part.row.push(1)
+    assert scheduler.reading(1000) == [Part(long, 80)]
+
+
+def test_tokens_with_scores_asked_for_are_read_whatever_is_known() -> None:
+    scheduler = Scheduler(Cache(100, 4), 9)
+    for tail, count in ((1, 20), (6, 6), (6, 6)):
+        row = Row([5] * 20, ROOT, tail=tail)
+        scheduler.add(row)
+        assert [part.count for part in scheduler.reading(100)] == [count]
+        scheduler.advance(row, count)
+        scheduler.stop(row)
+
+
 def filled(cache: Cache, names: list[int]) -> list[int]:
     """Pages with these names in them, still held."""
     pages, parent = [], ROOT
@@ -113,17 +147,21 @@ def filled(cache: Cache, names: list[int]) -> list[int]:
     return pages
 
 
+def found_in(cache: Cache, names: list[int], most: int, root: bytes = ROOT) -> Found:
+    return cache.find(names, cache.extend([], names, root), most, root)
+
+
 def test_a_row_finds_the_longest_beginning() -> None:
     cache = Cache(10, 4)
     pages = filled(cache, [1, 2, 3, 4, 5, 6, 7, 8, 9, 9])
     cache.release(pages)
-    found = cache.find([1, 2, 3, 4, 5, 6, 0, 0, 0], 8, ROOT)
+    found = found_in(cache, [1, 2, 3, 4, 5, 6, 0, 0, 0], 8)
     assert (found.pages, found.partial, found.positions) == (pages[:1], (pages[1], 2), 6)
-    found = cache.find([1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9], 10, ROOT)
+    found = found_in(cache, [1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9], 10)
     assert (found.pages, found.partial, found.positions) == (pages[:2], (pages[2], 2), 10)
-    assert cache.find([1, 2, 3, 4], 3, ROOT).positions == 3
-    assert cache.find([2, 2, 3, 4, 5], 4, ROOT).positions == 0
-    assert cache.find([1, 2, 3, 4, 5], 4, b"another").positions == 0
+    assert found_in(cache, [1, 2, 3, 4], 3).positions == 3
+    assert found_in(cache, [2, 2, 3, 4, 5], 4).positions == 0
+    assert found_in(cache, [1, 2, 3, 4, 5], 4, b"another").positions == 0
 
 
 def test_what_was_not_used_for_the_longest_goes_first_and_ends_before_beginnings() -> None:
@@ -132,8 +170,8 @@ def test_what_was_not_used_for_the_longest_goes_first_and_ends_before_beginnings
     cache.release(old)
     cache.release(new)
     assert [cache.take(), cache.take()] == old[::-1]
-    assert cache.find([1, 1, 5], 2, ROOT).positions == 0
-    found = cache.find([3, 3, 4, 4, 5], 4, ROOT)
+    assert found_in(cache, [1, 1, 5], 2).positions == 0
+    found = found_in(cache, [3, 3, 4, 4, 5], 4)
     assert found.pages == new
     assert cache.available == 0
     with pytest.raises(AssertionError, match="all pages are held"):
@@ -153,8 +191,7 @@ def test_a_row_as_long_as_the_cache_does_not_wait_for_its_own_beginning() -> Non
     for last in (1, 2):
         row = Row([7] * 14 + [last], ROOT)
         scheduler.add(row)
-        part = scheduler.reading(100)
-        assert part is not None
+        (part,) = scheduler.reading(100)
         scheduler.advance(row, part.count)
         scheduler.stop(row)
     assert row.cached == 12
@@ -175,18 +212,15 @@ def test_a_row_that_reads_again_does_not_stop_one_that_reads() -> None:
     scheduler = Scheduler(Cache(7, 4), 3)
     long, other = Row([1] * 10, ROOT), Row([2] * 9, ROOT)
     scheduler.add(long)
-    part = scheduler.reading(100)
-    assert part is not None
+    assert scheduler.reading(100) == [Part(long, 10)]
     scheduler.advance(long, 10)
     long.push(3)
     scheduler.add(other)
-    part = scheduler.reading(2)
-    assert part == Part(other, 2)
+    assert scheduler.reading(2) == [Part(other, 2)]
     scheduler.advance(other, 2)
     long.names += [1] * 6  # it has grown past what is free
     scheduler.read_again(long, b"long")
-    part = scheduler.reading(100)
-    assert part == Part(other, 7)
+    assert scheduler.reading(100) == [Part(other, 7)]
 
 
 # --- the whole engine -------------------------------------------------------------------------------------------------
@@ -225,15 +259,30 @@ def taken(generation: Generation) -> list[int]:
 def test_random_mixtures_say_what_the_plain_loop_says(model: pumice.Model, images: list[Prepared]) -> None:
     """Lengths, images, arrivals, cancellations, preemptions, sizes of parts and states of the cache."""
 
+    tried = []
+
     @settings(max_examples=25, deadline=None)
     @given(seed=st.integers(0, 2**32))
     def holds(seed: int) -> None:
-        mixture(model, images, random.Random(seed))
+        tried.append(mixture(model, images, random.Random(seed)))
 
     holds()
+    assert sum(tried) > 10  # drafts
 
 
-def mixture(model: pumice.Model, images: list[Prepared], draw: random.Random) -> None:
+class Bold(Pace):
+    """Tries drafts of any length, whatever they cost, and keeps count."""
+
+    def __init__(self, draw: random.Random) -> None:
+        super().__init__()
+        self._draw, self.tried = draw, 0
+
+    def length(self, drafts: Sequence[tuple[int, float]]) -> int:
+        self.tried += any(length for length, _ in drafts)
+        return self._draw.choice([0, 1, 3, 16])
+
+
+def mixture(model: pumice.Model, images: list[Prepared], draw: random.Random) -> int:
     limits = Limits(
         rows=draw.randint(1, 5),
         chunk=draw.choice([1, 3, 16]),
@@ -241,29 +290,44 @@ def mixture(model: pumice.Model, images: list[Prepared], draw: random.Random) ->
         tiles=draw.randint(1, 3),
     )
     engine = Engine(model.network, limits, positions=draw.choice([160, 224, 480, 4096]))
+    pace = engine._pace = Bold(draw)
     beginnings = [draw.choices(images, k=draw.randint(0, 2)) for _ in range(3)]
     waiting = deque()
     for _ in range(draw.randint(2, 9)):
         shown = draw.choice(beginnings)
         ids = prompt_ids(model, shown, [draw.randint(10, 60) for _ in range(draw.randint(1, 40))])
-        waiting.append((ids, shown, draw.randint(1, 12)))
-    under_way: list[tuple[Generation, int]] = []
+        targets = tuple(ids[-draw.randint(1, 6) :]) if draw.random() < 0.3 else ()
+        waiting.append(Request(ids, shown, Sampling(max_tokens=draw.randint(1, 30)), targets=targets))
+    under_way: list[Generation] = []
     cancelled: set[Generation] = set()
-    while waiting or not all(each.ended for each, _ in under_way):
+    while waiting or not all(each.ended for each in under_way):
         if waiting and draw.random() < 0.4:
-            ids, shown, tokens = waiting.popleft()
-            under_way.append((engine.submit(Request(ids, shown, Sampling(max_tokens=tokens))), tokens))
+            under_way.append(engine.submit(waiting.popleft()))
         if under_way and draw.random() < 0.02:
-            generation, _ = draw.choice(under_way)
+            generation = draw.choice(under_way)
             if not generation.ended:
                 engine.cancel(generation)
                 cancelled.add(generation)
         engine.step()
-    for generation, tokens in under_way:
+    for generation in under_way:
         request, said = generation.request, taken(generation)
-        expected = plain(model, request.ids, request.images, tokens)
+        expected = [] if request.targets else plain(model, request.ids, request.images, request.sampling.max_tokens)
         assert said == (expected[: len(said)] if generation in cancelled else expected)
+        if generation not in cancelled:
+            assert [generation.told[place] for place in range(len(request.targets))] == pytest.approx(
+                likelihoods(model, request), abs=2e-4
+            )
     assert engine.pages_held == 0
+    return pace.tried
+
+
+def likelihoods(model: pumice.Model, request: Request) -> list[float]:
+    """By the plain flow, in one pass over all ids."""
+    count = len(request.targets)
+    if count == 0:
+        return []
+    scores_TV = model.logits(request.ids, model.features(request.images), count).log_softmax(-1)
+    return scores_TV[range(count), list(request.targets)].tolist()
 
 
 def test_two_images_share_nothing_and_one_asked_twice_does(model: pumice.Model, images: list[Prepared]) -> None:
@@ -615,6 +679,7 @@ def test_forced_tokens_are_read_at_once(model: pumice.Model, monkeypatch: pytest
         return whole(self, x, batch)
 
     monkeypatch.setattr(type(model.network), "forward", counted)
+    monkeypatch.setattr(model, "engine", Engine(model.network, Limits(drafts=0)))
     answer = model.ask("Read it.", sampling=Sampling(max_tokens=300), schema=RECEIPT)
     assert len(passes) < len(answer.tokens) - 5
     assert max(passes[1:]) > 5

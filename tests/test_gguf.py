@@ -22,9 +22,10 @@ from PIL import Image
 import pumice
 import tiny
 from conftest import reference
-from pumice import Sampling, UserError, checkpoints, engine
+from pumice import Sampling, UserError, checkpoints
 from pumice.checkpoints.gguf_file import Stored, ToStore, Value, open_gguf, write_gguf
 from pumice.checkpoints.gguf_vocab import stop_ids, tokenizer
+from pumice.engine import passes
 from pumice.network.llava import generate
 from pumice.prompt import Part
 from pumice.quant import QTensor
@@ -211,7 +212,7 @@ def test_kernels_are_near_the_unrounded_numbers(
 ) -> None:
     """Prompt and decode steps on the kernels, with eyes in eight bits: near what the same file gives without these
     roundings, and with keys as they are the fast loop is the plain one."""
-    monkeypatch.setattr(engine, "cache_type", lambda model: torch.float32)
+    monkeypatch.setattr(passes, "cache_type", lambda model: torch.float32)
     folder = tiny.hf_folder(tmp_path / "hf", family="1.6", lm="mistral", seed=6)
     path = pair(folder, tmp_path / "gguf", quant=quant)
     model = pumice.load(path, template="mistral_instruct")

@@ -1,16 +1,16 @@
 """The engine: requests join and leave between steps, and share what their prompts have in common.
 
-B rows · T new positions · P pages of a row · D width · V vocabulary · N pages · K key/value heads · S positions of a
-page · E width of a head
+X positions whose scores are wanted · D width · V vocabulary
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,15 +18,16 @@ from torch import Tensor
 from pumice.engine.archive import Archive, model_digest
 from pumice.engine.cache import Cache
 from pumice.engine.disk import Disk
+from pumice.engine.drafts import Pace
 from pumice.engine.eyes import Eyes
 from pumice.engine.generation import Generation, Reason, Request, Step
-from pumice.engine.sampling import Drawn, Sampling, draw_all
+from pumice.engine.limits import Limits
+from pumice.engine.passes import Passes, Stretch, cache_type, position_bytes
+from pumice.engine.sampling import Drawn, Sampling, draw_all, log_likelihoods, no_numbers
 from pumice.engine.scheduler import Part, Row, Scheduler
 from pumice.errors import UserError
 from pumice.image import Prepared
-from pumice.network.llama import Batch
 from pumice.network.llava import Llava
-from pumice.ops import Pages
 
 __all__ = ["Engine", "Generation", "Limits", "Request", "Sampling", "Step", "position_bytes"]
 
@@ -36,39 +37,6 @@ MOST_WAIT_S = 0.05
 """Before it is looked again whether there are pages."""
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What an engine may take.
-
-    cache_bytes: keys and values, of rows that run and of those that may be asked about again; one row of the model's
-    whole length always fits. feature_bytes: features of images. rows: so many requests run at a time. chunk: so many
-    positions of a prompt are read in a step, while other rows gain tokens; alone_chunk: while none does. tiles: so many
-    tiles of images are encoded in a step, while other rows gain tokens. cache_dir: where what is known of images is
-    written to, and found again by a later process; None writes nothing. disk_bytes: what that folder may take.
-    """
-
-    cache_bytes: int = 2 * 2**30
-    feature_bytes: int = 2**28
-    rows: int = 64
-    chunk: int = 64
-    alone_chunk: int = 1024
-    tiles: int = 1
-    alone_tiles: int = 8
-    cache_dir: Path | None = None
-    disk_bytes: int = 32 * 2**30
-
-    def __post_init__(self) -> None:
-        """Raises UserError for what is no such number."""
-        for name, value in vars(self).items():
-            if name == "cache_dir":
-                continue
-            least = 0 if name.endswith("bytes") else 1
-            if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
-                raise UserError(f"{name} is {value!r:.100}", hint=f"give a whole number from {least}")
-        if self.cache_dir is not None:
-            object.__setattr__(self, "cache_dir", Path(self.cache_dir))
-
-
 class Engine:
     """Runs the network for many requests at a time; each gets the tokens that it would get alone.
 
@@ -76,30 +44,25 @@ class Engine:
     Any thread may call it; one step runs at a time.
     """
 
-    def __init__(self, network: Llava, limits: Limits = Limits(), positions: int | None = None) -> None:
+    def __init__(self, network: Llava, limits: Limits | None = None, positions: int | None = None) -> None:
         """positions: what the cache holds, whatever its bytes are."""
-        self._network, self._limits = network, limits
+        self._network, self._limits = network, (limits := limits or Limits())
         self._device = network.like.device
-        self._eyes = Eyes(network, limits.feature_bytes)
         config = network.config.text
         if positions is None:
             most = max(config.max_positions, limits.cache_bytes // position_bytes(network))
             positions = min(most, limits.rows * config.max_positions)
         count = -(-positions // PAGE)
         self._scheduler = Scheduler(Cache(count, PAGE), limits.rows)
-        shape = (count, config.kv_heads, PAGE, config.head_width)
-        # Memory that no page needs is never touched, so on most systems it is never taken.
-        self._keys, self._values = (
-            [torch.empty(shape, dtype=cache_type(network), device=self._device) for _ in range(config.layers)]
-            for _ in range(2)
-        )
+        self._passes, self._pace = Passes(network, count, PAGE), Pace()
         self._archive: Archive | None = None
         model = "" if limits.cache_dir is None else model_digest(network, cache_type(network), PAGE)
         # Rows that turn by other rotary divisors share nothing.
         self._short, self._long = (f"{kind} {model}".encode() for kind in ("short", "long"))
         if limits.cache_dir is not None:
             disk = Disk(limits.cache_dir, limits.disk_bytes)
-            self._archive = Archive(disk, model, self._scheduler.cache, self._keys, self._values)
+            self._archive = Archive(disk, model, self._scheduler.cache, self._passes.keys, self._passes.values)
+        self._eyes = Eyes(network, limits.feature_bytes, self._archive)
         self._generations: dict[Row, Generation] = {}
         self._lock = threading.RLock()
         self._released = threading.Condition(self._lock)
@@ -124,6 +87,22 @@ class Engine:
             self._generations[generation.row] = generation
             self._scheduler.add(generation.row)
         return generation
+
+    def likelihoods(self, requests: Iterable[Request]) -> list[list[float]]:
+        """The log-probabilities of the targets of each request. Raises what a request failed with."""
+        coming, found = iter(requests), []
+        under_way = deque(map(self.submit, itertools.islice(coming, self._limits.rows)))
+        try:
+            while under_way:
+                for _ in self.follow(under_way[0]):
+                    pass
+                told = under_way.popleft().told
+                found.append([told[place] for place in sorted(told)])
+                under_way.extend(map(self.submit, itertools.islice(coming, 1)))
+        finally:
+            for each in under_way:
+                self.cancel(each)
+        return found
 
     @torch.inference_mode()
     def features(self, images: Sequence[Prepared]) -> list[Tensor]:
@@ -171,7 +150,7 @@ class Engine:
     @property
     def cache_bytes(self) -> int:
         """What keys and values take when all pages are used."""
-        return sum(each.nbytes for each in (*self._keys, *self._values))
+        return self._passes.bytes
 
     @property
     def pages_held(self) -> int:
@@ -208,106 +187,147 @@ class Engine:
         if not rows:
             return False
         started = time.perf_counter()
-        ids_B1 = torch.tensor([row.names[-1:] for row in rows], device=self._device)
-        positions_B1 = torch.tensor([[row.done] for row in rows], device=self._device)
-        batch = Batch(positions_B1, pages=self._pages(rows))
+        stretches = self._drafted([self._generations[row] for row in rows])
         try:
-            hidden_B1D = self._network(self._network.language_model.embed_tokens(ids_B1), batch)
-            logits_BV = self._network.logits(hidden_B1D[:, 0])
+            logits_XV = self._passes.run(stretches)
         except (MemoryError, RuntimeError) as error:
-            self._fail(self._generations[rows[-1]], _out_of_memory(error))
+            self._fail(stretches[-1].generation, _out_of_memory(error))
             return True
         for row in rows:
             self._scheduler.advance(row, 1)
-        self._draw(rows, logits_BV, started)
+        self._take(stretches, logits_XV, started)
+        self._pace.learn(len(logits_XV), time.perf_counter() - started)
         return True
+
+    def _drafted(self, generations: Sequence[Generation]) -> list[Stretch]:
+        """The last token of each row, and what is tried behind it."""
+        drafts = [self._draft(each) for each in generations]
+        most = self._pace.length([(len(draft), each.lookup.acceptance) for each, draft in zip(generations, drafts)])
+        stretches = []
+        for generation, draft in zip(generations, drafts):
+            tried = draft[: self._scheduler.widen(generation.row, min(most, len(draft)))]
+            stretches.append(Stretch(generation, 1 + len(tried), 1 + len(tried), tuple(tried)))
+        return stretches
+
+    def _draft(self, generation: Generation) -> list[int]:
+        """What may be tried: no more than the answer may have, and than its form lets through."""
+        row, left = generation.row, generation.request.sampling.max_tokens - generation.row.new - 1
+        most = min(self._limits.drafts, left, self._network.config.text.max_positions - len(row.names))
+        if most < 1 or self._root(len(row.names) + most) != row.root:
+            return []
+        draft = generation.lookup.draft(row.names, most)
+        return draft if generation.guide is None else draft[: generation.guide.allowed(draft)]
 
     def _read(self, decoding: bool) -> bool:
         """So much of prompts as a step may read. Whether anything was read."""
         most = budget = self._limits.chunk if decoding else self._limits.alone_chunk
         self._recall()
-        while budget > 0 and (part := self._scheduler.reading(budget)):
-            if part.copy is not None:
-                for layer in (*self._keys, *self._values):
-                    layer[part.copy[1]] = layer[part.copy[0]]
-            generation = self._generations[part.row]
-            try:
-                if not self._looked(generation, part, decoding):
-                    return True
-                self._read_part(generation, part)
-            except (MemoryError, RuntimeError) as error:
-                self._fail(generation, _out_of_memory(error))
+        while budget > 0 and (parts := self._scheduler.reading(budget)):
+            for part in parts:
+                if part.copy is not None:
+                    self._passes.copy(*part.copy)
+            seen = self._seen(parts, decoding)
+            if seen:
+                self._read_parts(seen)
+            if len(seen) < len(parts):
+                return True
             self._recall()
-            budget -= part.count
+            budget -= sum(part.count for part in parts)
         return budget < most
 
-    def _looked(self, generation: Generation, part: Part, decoding: bool) -> bool:
-        """Whether the features are there that this part of the prompt needs; the next tiles are encoded if not."""
-        shown = generation.shown(part.row.done, part.row.done + part.count)
-        missing = [each for each in shown if each.digest not in generation.features]
-        if missing:
+    def _seen(self, parts: Sequence[Part], decoding: bool) -> list[Part]:
+        """Those parts of prompts whose images were looked at. If some were not, the next tiles of all parts are
+        encoded together."""
+        spans = [(self._generations[part.row], part.row.done, part.row.done + part.count) for part in parts]
+        looking = [(generation, unseen) for generation, *span in spans if (unseen := generation.unseen(*span))]
+        if looking:
             started = time.perf_counter()
-            self._look(missing, self._limits.tiles if decoding else self._limits.alone_tiles)
-            generation.encode_s += time.perf_counter() - started
-        found = {each.digest: self._eyes.features(each) for each in missing}
-        generation.features |= {digest: features for digest, features in found.items() if features is not None}
-        return all(each.digest in generation.features for each in shown)
+            images = [image for _, unseen in looking for image in unseen]
+            try:
+                self._eyes.look([*images, *self._ahead()], self._limits.tiles if decoding else self._limits.alone_tiles)
+            except (MemoryError, RuntimeError) as error:
+                self._fail(looking[-1][0], _out_of_memory(error))
+                return []
+            for generation, unseen in looking:
+                generation.encode_s += time.perf_counter() - started
+                generation.see({image.digest: self._eyes.features(image) for image in unseen})
+        return [part for part, (generation, *span) in zip(parts, spans) if not generation.unseen(*span)]
 
-    def _look(self, images: Sequence[Prepared], most_tiles: int) -> None:
-        if self._archive is None:
-            self._eyes.look(images, most_tiles)
-            return
-        unknown = [each for each in images if self._eyes.features(each) is None]
-        for image in unknown:
-            if (features_XD := self._archive.features(image)) is not None:
-                self._eyes.put(image, features_XD.to(self._device))
-        self._eyes.look(unknown, most_tiles)
-        for image in unknown:
-            if (features_XD := self._eyes.features(image)) is not None:
-                self._archive.write_features(image, features_XD)
+    def _ahead(self) -> Iterator[Prepared]:
+        """Images of requests that wait, where several tiles at a time take less than one after the other."""
+        if self._device.type == "cuda":
+            for row in self._scheduler.waiting:
+                yield from self._generations[row].request.images
 
-    def _read_part(self, generation: Generation, part: Part) -> None:
+    def _read_parts(self, parts: Sequence[Part]) -> None:
         started = time.perf_counter()
-        row, start, end = part.row, part.row.done, part.row.done + part.count
-        last = end == len(row.names)
-        positions_1T = torch.arange(start, end, device=self._device)[None]
-        reach_1 = torch.tensor([len(row.names) - 1], device=self._device)
-        batch = Batch(positions_1T, pages=self._pages([row]), kept=int(last), reach_B=reach_1)
-        hidden_1KD = self._network(self._embedded(generation, start, end), batch)
-        logits_1V = self._network.logits(hidden_1KD[:, -1]) if last else None
-        self._scheduler.advance(row, part.count)
-        if logits_1V is None:
-            generation.reading_s += time.perf_counter() - started
+        stretches = []
+        for part in parts:
+            wanted = part.row.tail - (part.row.left - part.count)
+            stretches.append(Stretch(self._generations[part.row], part.count, min(part.count, max(0, wanted))))
+        try:
+            logits_XV = self._passes.run(stretches)
+        except (MemoryError, RuntimeError) as error:
+            self._fail(stretches[-1].generation, _out_of_memory(error))
             return
-        generation.features.clear()
-        self._write(generation)
-        self._draw([row], logits_1V, started)
-
-    def _embedded(self, generation: Generation, start: int, end: int) -> Tensor:
-        """What enters the network for positions start to end: (1, T, D)."""
-        ids, prompt = generation.request.ids, len(generation.request.ids)
-        parts = []
-        if start < prompt:
-            features = generation.features_between(start, end)
-            parts.append(self._network.embed(torch.tensor([ids[start:end]], device=self._device), features))
-        if end > prompt:
-            new = torch.tensor([generation.row.names[max(start, prompt) : end]], device=self._device)
-            parts.append(self._network.language_model.embed_tokens(new))
-        return torch.cat(parts, dim=1)
-
-    def _draw(self, rows: Sequence[Row], logits_BV: Tensor, started: float) -> None:
-        """The next token of each row. One whose token cannot be drawn fails alone."""
-        generations = [self._generations[row] for row in rows]
-        drawn = draw_all([each.sampler for each in generations], logits_BV)
-        seconds = time.perf_counter() - started
-        for generation, each in zip(generations, drawn):
-            if isinstance(each, UserError):
-                self._fail(generation, each)
+        for part in parts:
+            self._scheduler.advance(part.row, part.count)
+            generation = self._generations[part.row]
+            if part.row.left:
+                generation.reading_s += time.perf_counter() - started
             else:
-                self._push(generation, each, seconds)
+                generation.features.clear()
+                self._write(generation)
+        self._take(stretches, logits_XV, started)
 
-    def _push(self, generation: Generation, drawn: Drawn, seconds: float) -> None:
+    # --- what the scores say ------------------------------------------------------------------------------------------
+
+    def _take(self, stretches: Sequence[Stretch], logits_XV: Tensor, started: float) -> None:
+        """The next token of each row, and those of its draft that come next as well; or how likely its targets are. A
+        row whose token cannot be drawn fails alone."""
+        scored = list(zip(stretches, torch.split(logits_XV, [each.kept for each in stretches])))
+        drawing = [(each, logits_KV) for each, logits_KV in scored if each.kept and not each.generation.request.targets]
+        if drawing:
+            one_each = len(drawing) == len(logits_XV)
+            logits_BV = logits_XV if one_each else torch.stack([logits_KV[0] for _, logits_KV in drawing])
+            drawn = draw_all([each.generation.sampler for each, _ in drawing], logits_BV)
+            seconds = time.perf_counter() - started
+            for (stretch, logits_KV), token in zip(drawing, drawn):
+                self._push(stretch.generation, token, seconds)
+                self._try(stretch, logits_KV)
+        for stretch, logits_KV in scored:
+            if stretch.kept and stretch.generation.request.targets:
+                self._tell(stretch.generation, logits_KV)
+
+    def _try(self, stretch: Stretch, logits_KV: Tensor) -> None:
+        """As long as the row's next name is that of the draft, the network has read it: the scores behind it count."""
+        generation, row, kept = stretch.generation, stretch.generation.row, 0
+        while row.pages and row.left and kept < len(stretch.draft) and row.names[-row.left] == stretch.draft[kept]:
+            kept += 1
+            self._scheduler.advance(row, 1)
+            if row.left == 0:
+                (token,) = draw_all([generation.sampler], logits_KV[kept : kept + 1])
+                self._push(generation, token, 0.0)
+        if stretch.draft:
+            generation.lookup.learn(kept, len(stretch.draft))
+
+    def _tell(self, generation: Generation, logits_KV: Tensor) -> None:
+        """How likely the targets are that stand behind the positions just read."""
+        targets = generation.request.targets
+        end = len(targets) - generation.row.left
+        first = end - len(logits_KV)
+        told = log_likelihoods(logits_KV, targets[first:end])
+        generation.told.update(enumerate(told, first))
+        if not all(map(math.isfinite, told)):
+            self._fail(generation, no_numbers())
+        elif generation.row.left == 0:
+            self._end(generation)
+
+    def _push(self, generation: Generation, drawn: Drawn | UserError, seconds: float) -> None:
         """A token that was drawn, and those that the form then forces."""
+        if isinstance(drawn, UserError):
+            self._fail(generation, drawn)
+            return
         row, guide = generation.row, generation.guide
         self._add(generation, drawn, seconds + generation.reading_s)
         generation.reading_s = 0.0
@@ -389,11 +409,6 @@ class Engine:
         switch = self._network.config.text.rotary.switch
         return self._long if switch is not None and length > switch else self._short
 
-    def _pages(self, rows: Sequence[Row]) -> Pages:
-        most = max(len(row.pages) for row in rows)
-        table = [row.pages + row.pages[-1:] * (most - len(row.pages)) for row in rows]
-        return Pages(self._keys, self._values, torch.tensor(table, device=self._device))
-
 
 def _out_of_memory(error: Exception) -> UserError:
     """What to say of a pass for which there was no memory. Another error is a bug, and is raised."""
@@ -403,14 +418,3 @@ def _out_of_memory(error: Exception) -> UserError:
         "there is not enough memory left for this request",
         hint="send fewer or smaller images or less text, or give the engine less: pumice.Limits(cache_bytes=...)",
     )
-
-
-def position_bytes(network: Llava) -> int:
-    """What the keys and values of one position take."""
-    config = network.config.text
-    return 2 * config.layers * config.kv_heads * config.head_width * cache_type(network).itemsize
-
-
-def cache_type(network: Llava) -> torch.dtype:
-    """The type of keys and values: that of the network; beside weights in blocks half precision, as llama.cpp has."""
-    return torch.float16 if network.in_blocks else network.like.dtype

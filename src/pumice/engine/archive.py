@@ -53,7 +53,7 @@ class Archive:
     def recall(self, names: Sequence[int], root: bytes) -> bool:
         """The pages of a row's beginning come back, if they were written and there is room. Whether they can be found
         now."""
-        keys = self._cache.keys(names, root)
+        keys = self._cache.extend([], names, root)
         if not keys or self._cache.knows(keys[-1]):
             return bool(keys)
         if self._cache.available < len(keys):

@@ -34,7 +34,6 @@ class Found:
 
     pages: list[int]
     """Full ones, held by whoever asked."""
-    keys: list[bytes]
     partial: tuple[int, int] | None
     """A page, also held, whose first so many positions fit on; they are to be copied."""
     positions: int
@@ -91,26 +90,21 @@ class Cache:
         self._holders[page] = 1
         return page
 
-    def find(self, names: Sequence[int], most: int, root: bytes) -> Found:
-        """The longest beginning of a row, of `most` positions at most, that is in pages. They are held. root: the key
-        of the empty row; rows of different roots share nothing."""
+    def find(self, names: Sequence[int], keys: Sequence[bytes], most: int, root: bytes) -> Found:
+        """The longest beginning of a row, of `most` positions at most, that is in pages. They are held. keys: of the
+        row's full pages, as `extend` gives them; root: the key of the empty row."""
         pages: list[int] = []
-        keys: list[bytes] = []
-        key, at = root, 0
-        while at + self.size <= most:
-            key_here = page_key(key, names[at : at + self.size])
-            page = self._by_key.get(key_here)
-            if page is None:
+        for key in keys[: most // self.size]:
+            if key not in self._by_key:
                 break
-            self._hold(page)
-            pages.append(page)
-            keys.append(key_here)
-            key, at = key_here, at + self.size
-        partial = self._longest(key, names[at : min(most, at + self.size)])
+            pages.append(self._by_key[key])
+        self.hold(pages)
+        at = len(pages) * self.size
+        partial = self._longest(keys[len(pages) - 1] if pages else root, names[at : min(most, at + self.size)])
         if partial is not None:
             self._hold(partial[0])
             at += partial[1]
-        return Found(pages, keys, partial, at)
+        return Found(pages, partial, at)
 
     def _longest(self, parent: bytes, names: Sequence[int]) -> tuple[int, int] | None:
         best: tuple[int, int] | None = None
@@ -120,12 +114,12 @@ class Cache:
                 best = page, same
         return best
 
-    def keys(self, names: Sequence[int], root: bytes) -> list[bytes]:
-        """Of the full pages that a row has."""
-        found: list[bytes] = []
-        for at in range(0, len(names) - self.size + 1, self.size):
-            found.append(page_key(found[-1] if found else root, names[at : at + self.size]))
-        return found
+    def extend(self, keys: list[bytes], names: Sequence[int], root: bytes) -> list[bytes]:
+        """The keys of a row's full pages: those that are known already, and behind them those that came. root: the key
+        of the empty row; rows of different roots share nothing."""
+        for at in range(len(keys) * self.size, len(names) - self.size + 1, self.size):
+            keys.append(page_key(keys[-1] if keys else root, names[at : at + self.size]))
+        return keys
 
     def knows(self, key: bytes) -> bool:
         """Whether a full page has this key."""
@@ -152,7 +146,7 @@ class Cache:
         """What was found, with the page let go that fits only in part."""
         if found.partial is not None:
             self.release([found.partial[0]])
-        return Found(found.pages, found.keys, None, len(found.pages) * self.size)
+        return Found(found.pages, None, len(found.pages) * self.size)
 
     def hold(self, pages: Sequence[int]) -> None:
         """One more holds these pages, which are held already."""

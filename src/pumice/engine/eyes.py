@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pumice.engine.archive import Archive
 from pumice.image import Prepared
 from pumice.network.llava import Llava
 
@@ -18,9 +19,10 @@ from pumice.network.llava import Llava
 class Eyes:
     """The vision tower and what it has seen, by the digests of images."""
 
-    def __init__(self, network: Llava, memory_bytes: int) -> None:
-        """memory_bytes: what remembered features may take; those of one image are always kept until the next."""
-        self._network, self._memory_bytes = network, memory_bytes
+    def __init__(self, network: Llava, memory_bytes: int, archive: Archive | None = None) -> None:
+        """memory_bytes: what remembered features may take; those of one image are always kept until the next. archive:
+        where features are looked for first, and written to."""
+        self._network, self._memory_bytes, self._archive = network, memory_bytes, archive
         self._tiles: dict[str, list[Tensor]] = {}
         self._features: OrderedDict[str, Tensor] = OrderedDict()
 
@@ -30,8 +32,7 @@ class Eyes:
             self._features.move_to_end(image.digest)
         return self._features.get(image.digest)
 
-    def put(self, image: Prepared, features_XD: Tensor) -> None:
-        """Remember what an image's features are."""
+    def _put(self, image: Prepared, features_XD: Tensor) -> None:
         self._features[image.digest] = features_XD
         taken = sum(each.nbytes for each in self._features.values())
         while taken > self._memory_bytes and len(self._features) > 1:
@@ -39,6 +40,7 @@ class Eyes:
 
     def look(self, images: Sequence[Prepared], most_tiles: int) -> None:
         """Encode the next tiles of these images, in order and in one pass."""
+        self._recall(images)
         chosen: list[tuple[Prepared, int]] = []
         for image in images:
             if image.digest in self._features:
@@ -57,7 +59,18 @@ class Eyes:
             tiles = self._tiles[image.digest]
             if len(tiles) == image.grid.tiles:
                 del self._tiles[image.digest]
-                self.put(image, self._network.merge(torch.stack(tiles), image.grid))
+                self._put(image, self._network.merge(torch.stack(tiles), image.grid))
+                if self._archive is not None:
+                    self._archive.write_features(image, self._features[image.digest])
+
+    def _recall(self, images: Sequence[Prepared]) -> None:
+        """What an earlier process has seen."""
+        if self._archive is None:
+            return
+        for image in images:
+            known = image.digest in self._features or self.begun(image)
+            if not known and (features_XD := self._archive.features(image)) is not None:
+                self._put(image, features_XD.to(self._network.like.device))
 
     def begun(self, image: Prepared) -> bool:
         """Whether some of its tiles, and not all, are encoded."""

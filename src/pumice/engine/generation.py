@@ -5,13 +5,14 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
 from pumice.engine.cache import image_names
+from pumice.engine.drafts import Lookup
 from pumice.engine.sampling import Sampler, Sampling
 from pumice.engine.scheduler import Row
 from pumice.errors import UserError
@@ -26,12 +27,17 @@ Reason = Literal["stop", "length"]
 @dataclass(frozen=True)
 class Request:
     """The prompt's ids with image tokens expanded, the images whose features stand there, how to draw, and what the
-    answer must look like."""
+    answer must look like.
+
+    targets: nothing is drawn; asked is how likely each of these tokens was behind the ids before it: the last of them
+    behind all ids, the first behind all but `len(targets) - 1`.
+    """
 
     ids: list[int]
     images: list[Prepared]
     sampling: Sampling
     grammar: Grammar | None = None
+    targets: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,9 @@ class Generation:
     image_ends: list[int]
     """Lengths of the prompt up to the end of each image, which the disk may have."""
     guide: Guide | None
+    lookup: Lookup = field(default_factory=Lookup)
+    told: dict[int, float] = field(default_factory=dict)
+    """Log-probabilities of the request's targets, by their places among them."""
     features: dict[str, Tensor] = field(default_factory=dict)
     """Of images that the prompt's next part needs, by digest."""
     steps: deque[Step] = field(default_factory=deque)
@@ -81,7 +90,8 @@ class Generation:
         ends = [places[size - 1] + 1 for size in itertools.accumulate(sizes)]
         guide = None if request.grammar is None else request.grammar.guide()
         sampler = Sampler(request.sampling, request.ids, guide)
-        return cls(request, Row(names, root), sampler, places, ends, guide)
+        row = Row(names, root, tail=max(1, len(request.targets)))
+        return cls(request, row, sampler, places, ends, guide)
 
     @property
     def cached_tokens(self) -> int:
@@ -91,10 +101,15 @@ class Generation:
     def asks_about(self, image: Prepared) -> bool:
         return any(each.digest == image.digest for each in self.request.images)
 
-    def shown(self, start: int, end: int) -> list[Prepared]:
-        """Images of which features stand at positions start to end."""
+    def unseen(self, start: int, end: int) -> list[Prepared]:
+        """Images of which features stand at positions start to end, and are not there."""
         first, last = (bisect.bisect_left(self.places, each) for each in (start, end))
-        return [image for image, at, tokens in self._images() if at < last and at + tokens > first]
+        shown = [image for image, at, tokens in self._images() if at < last and at + tokens > first]
+        return [image for image in shown if image.digest not in self.features]
+
+    def see(self, found: Mapping[str, Tensor | None]) -> None:
+        """The features of images, by digest, of those that were looked at to their end."""
+        self.features.update((digest, features) for digest, features in found.items() if features is not None)
 
     def features_between(self, start: int, end: int) -> list[Tensor]:
         """Those features."""

@@ -205,7 +205,7 @@ class Sampler:
         if self._seen is not None:
             scores_V = penalised(scores_V, self._seen.ids, self._seen.counts, self.sampling)
             if not scores_V.max().isfinite():
-                raise _no_numbers()
+                raise no_numbers()
         return scores_V
 
     def _drawn(self, logits_V: Tensor, scores_V: Tensor) -> Drawn:
@@ -242,7 +242,7 @@ def draw_all(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[Drawn | Use
     scores of the others are moved together."""
     largest_B, best_B = logits_BV.max(-1)  # a score that is no number counts as the largest
     best = torch.where(largest_B.isfinite(), best_B, -1).tolist()
-    drawn: list[Drawn | UserError] = [_no_numbers() if token < 0 else Drawn(token) for token in best]
+    drawn: list[Drawn | UserError] = [no_numbers() if token < 0 else Drawn(token) for token in best]
     others = [row for row, sampler in enumerate(samplers) if best[row] >= 0 and not sampler.plain]
     if others:
         logits_NV = (logits_BV if len(others) == len(best) else logits_BV[others]).detach().float().cpu()
@@ -254,7 +254,14 @@ def draw_all(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[Drawn | Use
     return drawn
 
 
-def _no_numbers() -> UserError:
+def log_likelihoods(logits_KV: Tensor, tokens: Sequence[int]) -> list[float]:
+    """The model's own log-probability of one token at each of K positions, in float32."""
+    logs_KV = logits_KV.detach().float().cpu().log_softmax(-1)
+    return logs_KV[torch.arange(len(tokens)), list(tokens)].tolist()
+
+
+def no_numbers() -> UserError:
+    """What to say of scores that are NaN or infinite."""
     return UserError(
         "the model's scores are not numbers",
         hint="its weights are damaged, or too large for their type: try --dtype float32",

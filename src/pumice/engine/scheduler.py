@@ -1,5 +1,5 @@
-"""Who runs next: rows wait, are admitted when their pages are free, read their prompt part by part, and then gain a
-token a step, all of them together. No tensors here.
+"""Who runs next: rows wait, are admitted when their pages are free, read their prompt part by part, and then gain
+tokens, all of them together. No tensors here.
 
 A row is never starved once it has its first token, and none loses what it has: where pages run out, the youngest gives
 its own away and waits to be read in again.
@@ -8,9 +8,15 @@ its own away and waits to be read in again.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from pumice.engine.cache import Cache
+from pumice.engine.cache import Cache, Found
+
+SHORT = 64
+"""Parts of several prompts are read in one pass where none is longer."""
+LOST = 8
+"""So many positions may be read twice, by two rows of one pass that have them in common."""
 
 
 @dataclass(eq=False)
@@ -21,6 +27,8 @@ class Row:
     """Of the prompt, then the ids of new tokens."""
     root: bytes
     """The key of the empty row; rows of different roots share nothing."""
+    tail: int = 1
+    """So many positions at the end pass the network whatever is known of them."""
     new: int = 0
     """So many of the names are new tokens."""
     done: int = 0
@@ -29,7 +37,7 @@ class Row:
     """Of these, what was found when the row was admitted first."""
     pages: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
-    """Of its full pages."""
+    """Of its full pages, filled or to be filled, as far as they were asked for."""
 
     @property
     def left(self) -> int:
@@ -78,8 +86,16 @@ class Scheduler:
     @property
     def next(self) -> Row | None:
         """The row that will be admitted next, if there is a place for it."""
-        reads = any(each.reads for each in self._running)
-        return self._waiting[0] if self._waiting and not reads and len(self._running) < self._most_rows else None
+        return None if any(each.reads for each in self._running) else self._first_waiting
+
+    @property
+    def waiting(self) -> Iterator[Row]:
+        """Rows that hold no pages, in the order in which they come."""
+        return iter(self._waiting)
+
+    @property
+    def _first_waiting(self) -> Row | None:
+        return self._waiting[0] if self._waiting and len(self._running) < self._most_rows else None
 
     @property
     def positions(self) -> int:
@@ -122,30 +138,50 @@ class Scheduler:
                     return [], []  # what else holds pages gives them back
         return [each for each in self._running if not each.reads and each not in stuck], stuck
 
-    def reading(self, most: int) -> Part | None:
-        """The row that reads, or the next that can be admitted, and how much of it: `most` positions at most.
+    def reading(self, most: int) -> list[Part]:
+        """What is read in the next pass, `most` positions at most: a part of the row that reads or of the next that can
+        be admitted, or the short rests of several.
 
-        One row reads at a time, so that the next may find what this one has read.
+        Rows read one after the other, so that the next may find what this one has read; together only where one would
+        not find more than a few positions.
         """
-        reading = [each for each in self._running if each.reads]
+        parts: list[Part] = []
+        while most > 0:
+            part = self._part(most, [each.row for each in parts])
+            if part is None:
+                break
+            parts.append(part)
+            most -= part.count
+            if part.count > SHORT or part.count < part.row.left:
+                break
+        return parts
+
+    def _part(self, most: int, beside: Sequence[Row]) -> Part | None:
+        """What else is read beside these rows."""
+        reading = [each for each in self._running if each.reads and each not in beside]
         row = next((each for each in reading if self._has_pages(each)), None)
         if row is not None:
-            return Part(row, min(most, row.left))
+            return Part(row, min(most, row.left)) if not beside or row.left <= min(most, SHORT) else None
         if any(each.pages for each in reading):
             return None  # it has grown, and `decoding` finds it a page
-        row = reading[0] if reading else self.next
-        return None if row is None else self._admit(row, most)
+        row = reading[0] if reading else self._first_waiting
+        return None if row is None else self._admit(row, most, beside)
 
     def advance(self, row: Row, count: int) -> None:
         """So many more positions of the row are in pages; those of full pages, and the whole prompt, can be found."""
+        size, before = self.cache.size, row.done
         row.done += count
-        size = self.cache.size
-        while (len(row.keys) + 1) * size <= row.done:
-            at = len(row.keys)
-            key = self.cache.keep(row.pages[at], self._parent(row), row.names[at * size : (at + 1) * size])
-            row.keys.append(key)
+        for at in range(before // size, row.done // size):
+            self.cache.keep(row.pages[at], self._parent(row, at), row.names[at * size : (at + 1) * size])
         if row.new == 0 and row.left == 0:
             self._keep_rest(row)
+
+    def widen(self, row: Row, positions: int) -> int:
+        """How many positions beyond its names a row has pages for, `positions` at most; a page is taken for them where
+        no other row could need it."""
+        while len(row.pages) * self.cache.size < len(row.names) + positions and self.cache.available > self.running:
+            row.pages.append(self.cache.take())
+        return min(positions, len(row.pages) * self.cache.size - len(row.names))
 
     def repair(self) -> None:
         """After a pass that broke off: a row whose token was not drawn is read again."""
@@ -156,12 +192,17 @@ class Scheduler:
     def read_again(self, row: Row, root: bytes) -> None:
         """All of a running row is to be read anew, as one of this root."""
         self._release(row)
-        row.root = root
+        row.root, row.keys = root, []
 
-    def _admit(self, row: Row, most: int) -> Part | None:
-        """Only if there are pages for all of it, and one more for each row that runs."""
+    def _admit(self, row: Row, most: int, beside: Sequence[Row]) -> Part | None:
+        """Only if there are pages for all of it, and one more for each row that runs; beside others only if the rest of
+        it is short, and not what they are about to read."""
         others = sum(each is not row for each in self._running)
-        found = self.cache.find(row.names, len(row.names) - 1, row.root)
+        keys = self.cache.extend(row.keys, row.names, row.root)
+        found = self.cache.find(row.names, keys, len(row.names) - row.tail, row.root)
+        if beside and not self._joins(row, found, most, beside):
+            self.cache.release(self.cache.without_partial(found).pages)
+            return None
         wanted = self._pages_of(len(row.names)) - len(found.pages)
         if self.cache.available < wanted + others:
             found = self.cache.without_partial(found)
@@ -169,7 +210,7 @@ class Scheduler:
             self.cache.release(found.pages)
             return None
         row.pages = found.pages + [self.cache.take() for _ in range(wanted)]
-        row.keys, row.done = found.keys, found.positions
+        row.done = found.positions
         row.cached = found.positions if row.cached is None else row.cached
         if row not in self._running:
             self._waiting.remove(row)
@@ -180,6 +221,13 @@ class Scheduler:
             self.cache.without_partial(found)
         return Part(row, min(most, row.left), copy)
 
+    def _joins(self, row: Row, found: Found, most: int, beside: Sequence[Row]) -> bool:
+        if len(row.names) - found.positions > min(most, SHORT):
+            return False
+        end = found.positions + LOST
+        same = [each for each in beside if each.root == row.root and each.names[:end] == row.names[:end]]
+        return not same or end > len(row.names) - row.tail
+
     def _preempt(self) -> None:
         """The youngest row waits again, before all others."""
         row = self._running.pop()
@@ -189,16 +237,17 @@ class Scheduler:
     def _release(self, row: Row) -> None:
         self._keep_rest(row)
         self.cache.release(row.pages)
-        row.pages, row.keys, row.done = [], [], 0
+        row.pages, row.done = [], 0
 
     def _keep_rest(self, row: Row) -> None:
         """What stands in its last page, which is not full, can be found too."""
-        rest = row.names[len(row.keys) * self.cache.size : row.done]
+        at = row.done // self.cache.size
+        rest = row.names[at * self.cache.size : row.done]
         if rest:
-            self.cache.keep(row.pages[len(row.keys)], self._parent(row), rest)
+            self.cache.keep(row.pages[at], self._parent(row, at), rest)
 
-    def _parent(self, row: Row) -> bytes:
-        return row.keys[-1] if row.keys else row.root
+    def _parent(self, row: Row, page: int) -> bytes:
+        return self.cache.extend(row.keys, row.names, row.root)[page - 1] if page else row.root
 
     def _has_pages(self, row: Row) -> bool:
         return len(row.pages) >= self._pages_of(len(row.names))

@@ -129,7 +129,13 @@ class Guide:
         """The tokens that must come next, in the vocabulary's own way to write them; none where there is a choice."""
         tokens = [] if self.ended else self._matcher.compute_ff_tokens()
         self._check()
-        return tokens[: self._matcher.validate_tokens(tokens)]
+        return tokens[: self.allowed(tokens)]
+
+    def allowed(self, tokens: Sequence[int]) -> int:
+        """How many of these may come next, one after the other; none once the form is complete."""
+        count = 0 if self.ended else self._matcher.validate_tokens(list(tokens))
+        self._check()
+        return count
 
     @property
     def ended(self) -> bool:

@@ -1,0 +1,126 @@
+"""One pass of the network over positions of one or more requests, with their keys and values in pages.
+
+M positions of a pass · X positions whose scores are wanted · T positions of one row · P pages of a row · D width ·
+V vocabulary · N pages · K key/value heads · S positions of a page · E width of a head
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pumice.engine.generation import Generation
+from pumice.network.llama import Batch
+from pumice.network.llava import Llava
+from pumice.ops import Pages
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """The next `count` positions of a request, those of `draft` behind its names included. kept: of so many of the last
+    the scores are wanted."""
+
+    generation: Generation
+    count: int
+    kept: int
+    draft: tuple[int, ...] = ()
+
+    @property
+    def start(self) -> int:
+        return self.generation.row.done
+
+    @property
+    def end(self) -> int:
+        return self.start + self.count
+
+    @property
+    def new(self) -> list[int]:
+        """The tokens at its positions behind the prompt."""
+        row, first = self.generation.row, max(self.start, len(self.generation.request.ids))
+        return [*row.names[first:], *self.draft][: max(0, self.end - first)]
+
+
+class Passes:
+    """The network, and the memory in which it keeps keys and values."""
+
+    def __init__(self, network: Llava, pages: int, size: int) -> None:
+        """pages: of `size` positions each. Memory that no page needs is never touched, so on most systems it is never
+        taken."""
+        self._network, self._device = network, network.like.device
+        config = network.config.text
+        shape = (pages, config.kv_heads, size, config.head_width)
+        self.keys, self.values = (
+            [torch.empty(shape, dtype=cache_type(network), device=self._device) for _ in range(config.layers)]
+            for _ in range(2)
+        )
+
+    @property
+    def bytes(self) -> int:
+        """What keys and values take when all pages are used."""
+        return sum(each.nbytes for each in (*self.keys, *self.values))
+
+    def copy(self, page: int, to: int) -> None:
+        for layer in (*self.keys, *self.values):
+            layer[to] = layer[page]
+
+    def run(self, stretches: Sequence[Stretch]) -> Tensor:
+        """The scores that are wanted, (X, V), one stretch after the other.
+
+        Keys and values of all positions are in pages then. One stretch passes as a row; of several each position is a
+        row of its own, which sees what stands in the pages of its request up to itself, so that no length is filled up.
+        """
+        x_1MD = self._embedded(stretches)
+        places = [place for each in stretches for place in range(each.start, each.end)]
+        positions_1M = torch.tensor([places], device=self._device)
+        lengths = torch.tensor([each.count for each in stretches], device=self._device)
+        reach = [len(each.generation.row.names) + len(each.draft) - 1 for each in stretches]
+        reach_B = torch.tensor(reach, device=self._device)
+        pages = self._pages([each.generation.row.pages for each in stretches])
+        if len(stretches) == 1:
+            kept = stretches[0].kept
+            batch = Batch(positions_1M, pages=Pages(self.keys, self.values, pages), kept=kept, reach_B=reach_B)
+            hidden_XD = self._network(x_1MD, batch)[0]
+        else:
+            table_MP, reach_M = pages.repeat_interleave(lengths, 0), reach_B.repeat_interleave(lengths)
+            batch = Batch(positions_1M.T, pages=Pages(self.keys, self.values, table_MP), reach_B=reach_M)
+            hidden_MD = self._network(x_1MD.transpose(0, 1), batch)[:, 0]
+            ends = lengths.cumsum(0).tolist()
+            wanted = [place for each, end in zip(stretches, ends) for place in range(end - each.kept, end)]
+            hidden_XD = hidden_MD if len(wanted) == len(hidden_MD) else hidden_MD[wanted]
+        return self._network.logits(hidden_XD)
+
+    def _embedded(self, stretches: Sequence[Stretch]) -> Tensor:
+        """What enters the network: (1, M, D)."""
+        # New tokens apart, for one of them may be the one that stands for an image's features.
+        new = [each.new for each in stretches]
+        new_1M = torch.tensor([[*itertools.chain(*new)]], dtype=torch.long, device=self._device)
+        new_1MD = self._network.language_model.embed_tokens(new_1M)
+        parts = []
+        for each, new_1TD in zip(stretches, new_1MD.split([len(each) for each in new], dim=1)):
+            generation = each.generation
+            if ids := generation.request.ids[each.start : each.end]:
+                features = generation.features_between(each.start, each.end)
+                parts.append(self._network.embed(torch.tensor([ids], device=self._device), features))
+            parts.append(new_1TD)
+        return torch.cat(parts, dim=1)
+
+    def _pages(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """The pages of each row, (rows, P); shorter ones are filled up."""
+        most = max(len(pages) for pages in rows)
+        filled = [[*pages, *itertools.repeat(pages[-1], most - len(pages))] for pages in rows]
+        return torch.tensor(filled, device=self._device)
+
+
+def position_bytes(network: Llava) -> int:
+    """What the keys and values of one position take."""
+    config = network.config.text
+    return 2 * config.layers * config.kv_heads * config.head_width * cache_type(network).itemsize
+
+
+def cache_type(network: Llava) -> torch.dtype:
+    """The type of keys and values: that of the network; beside weights in blocks half precision, as llama.cpp has."""
+    return torch.float16 if network.in_blocks else network.like.dtype
