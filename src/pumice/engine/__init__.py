@@ -33,6 +33,9 @@ __all__ = ["Engine", "Generation", "Limits", "Request", "Sampling", "Step", "pos
 
 PAGE = 32
 """Positions of a page."""
+STEADY_ROWS = 8
+"""Positions of a pass where all are to be of one size: a step of one row takes as long as one of so many, and a prompt
+is read so many at a time."""
 MOST_WAIT_S = 0.05
 """Before it is looked again whether there are pages."""
 
@@ -48,15 +51,22 @@ class Engine:
         """positions: what the cache holds, whatever its bytes are."""
         self._network, self._limits = network, (limits := limits or Limits())
         self._device = network.like.device
+        if limits.deterministic and self._device.type != "cpu":
+            raise UserError(
+                f"deterministic answers were asked for on {self._device.type}, where there are none",
+                hint="load the model with device='cpu', or leave deterministic out",
+            )
         config = network.config.text
         if positions is None:
             most = max(config.max_positions, limits.cache_bytes // position_bytes(network))
             positions = min(most, limits.rows * config.max_positions)
         count = -(-positions // PAGE)
         self._scheduler = Scheduler(Cache(count, PAGE), limits.rows)
-        self._passes, self._pace = Passes(network, count, PAGE), Pace()
+        self._pace = Pace()
+        self._passes = Passes(network, count, PAGE, STEADY_ROWS if limits.deterministic else None)
         self._archive: Archive | None = None
-        model = "" if limits.cache_dir is None else model_digest(network, cache_type(network), PAGE)
+        kept_as = (cache_type(network), PAGE, *(["deterministic"] if limits.deterministic else []))
+        model = "" if limits.cache_dir is None else model_digest(network, *kept_as)
         # Rows that turn by other rotary divisors share nothing.
         self._short, self._long = (f"{kind} {model}".encode() for kind in ("short", "long"))
         if limits.cache_dir is not None:
@@ -111,7 +121,7 @@ class Engine:
             found = []
             for image in images:
                 while (features_XD := self._eyes.features(image)) is None:
-                    self._eyes.look([image], self._limits.alone_tiles)
+                    self._eyes.look([image], self._limits.tiles_of(decoding=False))
                 found.append(features_XD)
             return found
 
@@ -244,7 +254,7 @@ class Engine:
             started = time.perf_counter()
             images = [image for _, unseen in looking for image in unseen]
             try:
-                self._eyes.look([*images, *self._ahead()], self._limits.tiles if decoding else self._limits.alone_tiles)
+                self._eyes.look([*images, *self._ahead()], self._limits.tiles_of(decoding))
             except (MemoryError, RuntimeError) as error:
                 self._fail(looking[-1][0], _out_of_memory(error))
                 return []

@@ -1,14 +1,14 @@
 """One pass of the network over positions of one or more requests, with their keys and values in pages.
 
-M positions of a pass · X positions whose scores are wanted · T positions of one row · P pages of a row · D width ·
-V vocabulary · N pages · K key/value heads · S positions of a page · E width of a head
+M positions of a pass · R those that pass at a time · X positions whose scores are wanted · T positions of one row ·
+P pages of a row · D width · V vocabulary · N pages · K key/value heads · S positions of a page · E width of a head
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,10 +47,11 @@ class Stretch:
 class Passes:
     """The network, and the memory in which it keeps keys and values."""
 
-    def __init__(self, network: Llava, pages: int, size: int) -> None:
+    def __init__(self, network: Llava, pages: int, size: int, rows: int | None = None) -> None:
         """pages: of `size` positions each. Memory that no page needs is never touched, so on most systems it is never
-        taken."""
-        self._network, self._device = network, network.like.device
+        taken. rows: exactly so many positions pass at a time, each as a row of its own, so that no sum is rounded
+        otherwise in other company; None passes all at once."""
+        self._network, self._rows, self._device = network, rows, network.like.device
         config = network.config.text
         shape = (pages, config.kv_heads, size, config.head_width)
         self.keys, self.values = (
@@ -76,22 +77,31 @@ class Passes:
         x_1MD = self._embedded(stretches)
         places = [place for each in stretches for place in range(each.start, each.end)]
         positions_1M = torch.tensor([places], device=self._device)
-        lengths = torch.tensor([each.count for each in stretches], device=self._device)
         reach = [len(each.generation.row.names) + len(each.draft) - 1 for each in stretches]
         reach_B = torch.tensor(reach, device=self._device)
-        pages = self._pages([each.generation.row.pages for each in stretches])
-        if len(stretches) == 1:
-            kept = stretches[0].kept
-            batch = Batch(positions_1M, pages=Pages(self.keys, self.values, pages), kept=kept, reach_B=reach_B)
-            hidden_XD = self._network(x_1MD, batch)[0]
-        else:
-            table_MP, reach_M = pages.repeat_interleave(lengths, 0), reach_B.repeat_interleave(lengths)
-            batch = Batch(positions_1M.T, pages=Pages(self.keys, self.values, table_MP), reach_B=reach_M)
-            hidden_MD = self._network(x_1MD.transpose(0, 1), batch)[:, 0]
-            ends = lengths.cumsum(0).tolist()
-            wanted = [place for each, end in zip(stretches, ends) for place in range(end - each.kept, end)]
-            hidden_XD = hidden_MD if len(wanted) == len(hidden_MD) else hidden_MD[wanted]
-        return self._network.logits(hidden_XD)
+        pages = Pages(self.keys, self.values, self._table([each.generation.row.pages for each in stretches]))
+        if len(stretches) == 1 and self._rows is None:
+            batch = Batch(positions_1M, pages=pages, kept=stretches[0].kept, reach_B=reach_B)
+            return self._network.logits(self._network(x_1MD, batch)[0])
+        counts = torch.tensor([each.count for each in stretches], device=self._device)
+        table_MP, reach_M = pages.table_RP.repeat_interleave(counts, 0), reach_B.repeat_interleave(counts)
+
+        def read(at_R: Tensor) -> Tensor:
+            pages_RP = replace(pages, table_RP=table_MP[at_R])
+            batch = Batch(positions_1M[0, at_R, None], pages=pages_RP, reach_B=reach_M[at_R])
+            return self._network(x_1MD[0, at_R, None], batch)[:, 0]
+
+        hidden_MD = self._in_rows(read, len(places))
+        ends = counts.cumsum(0).tolist()
+        wanted = [place for each, end in zip(stretches, ends) for place in range(end - each.kept, end)]
+        hidden_XD = hidden_MD if len(wanted) == len(hidden_MD) else hidden_MD[wanted]
+        return self._in_rows(lambda at_R: self._network.logits(hidden_XD[at_R]), len(wanted)) if wanted else hidden_XD
+
+    def _in_rows(self, values: Callable[[Tensor], Tensor], count: int) -> Tensor:
+        """The values at places 0 to count; the last few are filled up with the last, which is then computed again."""
+        step = self._rows or count
+        parts = [torch.arange(at, at + step, device=self._device) for at in range(0, count, step)]
+        return torch.cat([values(part.clamp(max=count - 1)) for part in parts])[:count]
 
     def _embedded(self, stretches: Sequence[Stretch]) -> Tensor:
         """What enters the network: (1, M, D)."""
@@ -108,7 +118,7 @@ class Passes:
             parts.append(new_1TD)
         return torch.cat(parts, dim=1)
 
-    def _pages(self, rows: Sequence[Sequence[int]]) -> Tensor:
+    def _table(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """The pages of each row, (rows, P); shorter ones are filled up."""
         most = max(len(pages) for pages in rows)
         filled = [[*pages, *itertools.repeat(pages[-1], most - len(pages))] for pages in rows]
