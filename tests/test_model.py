@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,23 @@ def test_a_batch_with_its_own_settings_a_row(model: Model) -> None:
     assert model.ask_all(questions[:1])[0].text == text[: text.index(text[4:7])].rstrip()
     assert model.ask_all(questions[:1])[0].finish_reason == "stop"
     assert model.ask_all([]) == []
+
+
+def test_several_answers_to_one_question(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is what its seed gives alone; the prompt is prepared once and read once."""
+    drawn = Sampling(1.0, seed=2**64 - 2, max_tokens=12)
+    question = Question("What is it?", picture(3), sampling=drawn)
+    alone = [model.answer(replace(question, sampling=replace(drawn, seed=seed))) for seed in (2**64 - 2, 2**64 - 1, 0)]
+    monkeypatch.setattr(model, "engine", Engine(model.network))
+    answers = model.answers(question, 3)
+    assert [each.tokens for each in answers] == [each.tokens for each in alone]
+    assert len({each.tokens for each in answers}) == 3
+    prompt = len(model.see(question).encoded.ids)
+    assert [each.cached_tokens for each in answers] == [0, prompt - 1, prompt - 1]
+    assert len(model.answers(replace(question, sampling=Sampling(1.0, max_tokens=3)), 2)) == 2
+    for wrong in (0, -1, True, 1.5):
+        with pytest.raises(UserError, match="answers were asked for"):
+            model.answers(question, wrong)
 
 
 def test_tokens_end_an_answer_and_biases_bend_it(model: Model) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -98,25 +97,45 @@ class Model(Prompter):
 
         Raises UserError, with the question's number, for the first that is wrong; answers that came before are lost.
         """
+        return self._together(lambda number: self._open(questions[number - 1]), len(questions), "question")
+
+    def answers(self, question: Question, count: int) -> list[Answer]:
+        """So many answers to one question, drawn beside each other; the prompt is read once. Where the question has a
+        seed, the first answer is drawn by it, and each further one by the next number.
+
+        Raises UserError as `answer` does.
+        """
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise UserError(f"{count!r:.100} answers were asked for", hint="give a whole number from 1")
+        seen, seed = self.see(question), question.sampling.seed
+
+        def opened(number: int) -> Answering:
+            own = seed if seed is None or number == 1 else (seed + number - 1) % 2**64
+            return self._open(replace(question, sampling=replace(question.sampling, seed=own)), seen)
+
+        return self._together(opened, count, "answer")
+
+    def _together(self, opened: Callable[[int], Answering], count: int, what: str) -> list[Answer]:
+        """The answers of so many that are opened by their numbers, from 1; `WAITING` are under way at a time."""
         under_way: deque[Answering] = deque()
         answers: list[Answer] = []
         try:
-            for number, question in enumerate(questions, 1):
+            for number in range(1, count + 1):
                 try:
-                    under_way.append(self._open(question))
+                    under_way.append(opened(number))
                     under_way[-1].start()
                 except UserError as error:
-                    raise _numbered(number, error) from error
+                    raise _numbered(f"{what} {number}", error) from error
                 if len(under_way) == WAITING:
-                    answers.append(self._first(under_way, len(answers) + 1))
+                    answers.append(self._first(under_way, f"{what} {len(answers) + 1}"))
             while under_way:
-                answers.append(self._first(under_way, len(answers) + 1))
+                answers.append(self._first(under_way, f"{what} {len(answers) + 1}"))
         finally:
-            for opened in under_way:
-                opened.cancel()
+            for each in under_way:
+                each.cancel()
         return answers
 
-    def _first(self, under_way: deque[Answering], number: int) -> Answer:
+    def _first(self, under_way: deque[Answering], name: str) -> Answer:
         """The answer of the first, while the others go on."""
         try:
             while not under_way[0].ended:
@@ -124,7 +143,7 @@ class Model(Prompter):
                 for opened in under_way:
                     opened.take()
         except UserError as error:
-            raise _numbered(number, error) from error
+            raise _numbered(name, error) from error
         return under_way.popleft().answer()
 
     def generate(self, ids: Sequence[int], images: Images = None, *, sampling: Sampling | None = None) -> list[int]:
@@ -202,8 +221,8 @@ class Model(Prompter):
         return self.network.logits(self.network(x_1TD)[0, -last:]).float()
 
 
-def _numbered(number: int, error: UserError) -> UserError:
-    return UserError(f"question {number}: {error.message}", hint=error.hint)
+def _numbered(name: str, error: UserError) -> UserError:
+    return UserError(f"{name}: {error.message}", hint=error.hint)
 
 
 class Stream:
@@ -245,7 +264,7 @@ class Chat:
 
     def stream(self, prompt: str, image: Images = None) -> ChatStream:
         """The next answer in pieces; the turn belongs to the history once it has been read to its end."""
-        question = dataclasses.replace(self._settings, prompt=prompt, image=image, history=self.history)
+        question = replace(self._settings, prompt=prompt, image=image, history=self.history)
         return ChatStream(self, self._model, question)
 
     def clear(self) -> None:
@@ -303,8 +322,8 @@ class Source:
                 f"preprocess is {self.preprocess!r}, and {self.name} is a text model",
                 hint="leave it out, or load a LLaVA",
             )
-        config = dataclasses.replace(found.config, image=found.config.image.under(self.preprocess))
-        return dataclasses.replace(found, config=config)
+        config = replace(found.config, image=found.config.image.under(self.preprocess))
+        return replace(found, config=config)
 
 
 def _ending_with(found: checkpoints.Checkpoint, end: str) -> checkpoints.Checkpoint:
@@ -313,7 +332,7 @@ def _ending_with(found: checkpoints.Checkpoint, end: str) -> checkpoints.Checkpo
     if token is None or token in found.config.stop_ids:
         return found
     stop_ids = (*found.config.stop_ids, token)
-    return dataclasses.replace(found, config=dataclasses.replace(found.config, stop_ids=stop_ids))
+    return replace(found, config=replace(found.config, stop_ids=stop_ids))
 
 
 def load(
