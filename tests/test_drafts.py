@@ -34,10 +34,15 @@ class Always(Pace):
 def test_what_followed_the_last_time_is_tried() -> None:
     lookup = Lookup()
     assert lookup.draft([1, 2, 3, 4], 5) == []
-    assert lookup.draft([1, 2, 3, 4, 1, 2], 5) == [3, 4, 1, 2]
+    assert lookup.draft([1, 2, 3, 4, 1, 2], 4) == [3, 4, 1, 2]
     assert lookup.draft([1, 2, 3, 4, 1, 2], 2) == [3, 4]
     assert lookup.draft([1, 2, 3, 4, 1, 2, 9, 1, 2], 3) == [9, 1, 2]  # the latest counts
     assert lookup.draft([1, 2, 3, 4, 1, 2, 9, 1, 2, 3], 1) == [4]
+
+
+def test_what_repeats_goes_on_repeating() -> None:
+    assert Lookup().draft([1, 2, 3, 1, 2], 7) == [3, 1, 2, 3, 1, 2, 3]
+    assert Lookup().draft([9, 9, 9], 4) == [9, 9, 9, 9]
 
 
 def test_the_longest_beginning_counts() -> None:
@@ -48,6 +53,7 @@ def test_the_longest_beginning_counts() -> None:
 def test_images_are_not_tried() -> None:
     assert Lookup().draft([1, 2, IMAGE, IMAGE + 1, 3, 1, 2], 4) == []
     assert Lookup().draft([1, 2, 7, IMAGE, IMAGE + 1, 3, 1, 2], 4) == [7]
+    assert Lookup().draft([IMAGE, 1, 2, 7, 1, 2], 9) == [7, 1, 2] * 3
     assert Lookup().draft([IMAGE, IMAGE + 1, 5, IMAGE, IMAGE + 1], 4) == []
 
 

@@ -7,6 +7,7 @@ al. 2023 (arXiv 2304.04487); how far a draft should go: Leviathan et al. 2022 (a
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -47,14 +48,21 @@ class Lookup:
         for length in range(min(LONGEST, len(names)), SHORTEST - 1, -1):
             at = self._after.get(tuple(names[len(names) - length :]))
             if at is not None:
-                found = names[at : at + most]
-                return [*found[: next((place for place, name in enumerate(found) if name >= TOKENS), most)]]
+                return [*itertools.takewhile(lambda name: name < TOKENS, _copied(names, at, most))]
         return []
 
     def learn(self, kept: int, tried: int) -> None:
         """So many tokens of a draft stayed. Of those behind the first that did not, nothing is known."""
         self._kept += kept
         self._tried += min(kept + 1, tried)
+
+
+def _copied(names: Sequence[int], start: int, count: int) -> list[int]:
+    """What stands from `start` on, and behind the end the copy itself: what repeats goes on repeating."""
+    copied = [*names[start : start + count]]
+    for place in range(count - len(copied)):
+        copied.append(copied[place])
+    return copied
 
 
 class Pace:
