@@ -357,6 +357,34 @@ def test_equal_questions_that_come_together_are_read_once(model: pumice.Model, i
     assert len({tuple(taken(each)) for each in under_way}) == 1
 
 
+def test_images_of_waiting_requests_are_encoded_ahead(
+    model: pumice.Model, images: list[Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: tiles of several requests in one pass; with room for one image's features no request starves."""
+    passes: list[int] = []
+    whole = type(model.network).look
+
+    def counted(self: object, pixels: torch.Tensor) -> torch.Tensor:
+        passes.append(len(pixels))
+        return whole(self, pixels)
+
+    monkeypatch.setattr(type(model.network), "look", counted)
+    for feature_bytes, most in ((2**28, 2), (0, 9)):
+        passes.clear()
+        engine = Engine(model.network, Limits(alone_chunk=16, alone_tiles=8, tiles=8, feature_bytes=feature_bytes))
+        engine._looks_ahead = True
+        requests = [
+            Request(prompt_ids(model, [image], [15]), [image], Sampling(max_tokens=3))
+            for image in (*images[:3], images[4])
+        ]
+        under_way = [engine.submit(each) for each in requests]
+        while engine.step():
+            pass
+        assert len(passes) <= most
+        for generation, request in zip(under_way, requests):
+            assert taken(generation) == plain(model, request.ids, request.images, 3)
+
+
 def test_a_cancelled_request_frees_its_pages_at_once(model: pumice.Model, images: list[Prepared]) -> None:
     engine = Engine(model.network, Limits(alone_chunk=8))
     ids = prompt_ids(model, images[:2], [5] * 40)

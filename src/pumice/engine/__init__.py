@@ -73,6 +73,8 @@ class Engine:
             disk = Disk(limits.cache_dir, limits.disk_bytes)
             self._archive = Archive(disk, model, self._scheduler.cache, self._passes.keys, self._passes.values)
         self._eyes = Eyes(network, limits.feature_bytes, self._archive)
+        self._looks_ahead = self._device.type == "cuda"
+        """Elsewhere several tiles at a time take as long as one after the other."""
         self._generations: dict[Row, Generation] = {}
         self._lock = threading.RLock()
         self._released = threading.Condition(self._lock)
@@ -226,7 +228,10 @@ class Engine:
         if most < 1 or self._root(len(row.names) + most) != row.root:
             return []
         draft = generation.lookup.draft(row.names, most)
-        return draft if generation.guide is None else draft[: generation.guide.allowed(draft)]
+        try:
+            return draft if generation.guide is None else draft[: generation.guide.allowed(draft)]
+        except UserError:
+            return []  # and what is wrong with the form is said when the next token is drawn
 
     def _read(self, decoding: bool) -> bool:
         """So much of prompts as a step may read. Whether anything was read."""
@@ -264,8 +269,8 @@ class Engine:
         return [part for part, (generation, *span) in zip(parts, spans) if not generation.unseen(*span)]
 
     def _ahead(self) -> Iterator[Prepared]:
-        """Images of requests that wait, where several tiles at a time take less than one after the other."""
-        if self._device.type == "cuda":
+        """Images of requests that wait."""
+        if self._looks_ahead:
             for row in self._scheduler.waiting:
                 yield from self._generations[row].request.images
 

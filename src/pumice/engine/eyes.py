@@ -55,7 +55,8 @@ class Eyes:
         pixels = torch.stack([torch.from_numpy(image.pixels[tile]) for image, tile in chosen])
         for (image, _), tile_PD in zip(chosen, self._network.look(pixels.to(like.device, like.dtype))):
             self._tiles[image.digest].append(tile_PD)
-        for image in {each.digest: each for each, _ in chosen}.values():
+        # The first last, so that it is not what goes where there is no room for all.
+        for image in reversed({each.digest: each for each, _ in chosen}.values()):
             tiles = self._tiles[image.digest]
             if len(tiles) == image.grid.tiles:
                 del self._tiles[image.digest]
