@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pumice.answer import Answer
+    from pumice.conversation import Chat
     from pumice.conversion import convert
     from pumice.engine import Limits
     from pumice.engine.form import Form
     from pumice.engine.sampling import Sampling
     from pumice.errors import UserError
-    from pumice.model import Chat, Model, load
+    from pumice.model import Model, load
     from pumice.question import Exchange, Question
     from pumice.tasks.card import Card
     from pumice.tasks.verify import save_values, verify
@@ -37,6 +38,7 @@ __all__ = [
 _HOMES = {
     "Answer": "pumice.answer",
     "Card": "pumice.tasks.card",
+    "Chat": "pumice.conversation",
     "Exchange": "pumice.question",
     "Form": "pumice.engine.form",
     "Limits": "pumice.engine",

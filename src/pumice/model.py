@@ -6,7 +6,7 @@ import functools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +17,7 @@ from torch import nn
 from pumice import checkpoints, ops, prompt, store
 from pumice.answer import Answer, Answering
 from pumice.config import LlavaConfig
+from pumice.conversation import Chat, Stream
 from pumice.engine import Engine, Limits, Request, Sampling
 from pumice.engine.form import Form
 from pumice.errors import UserError, nearest
@@ -24,7 +25,7 @@ from pumice.image import Prepared, prepare
 from pumice.network.layers import Embedding, Linear, put_matrix
 from pumice.network.llava import Llava
 from pumice.quant import QTensor
-from pumice.question import Exchange, Images, Prompter, Question, Seen, listed
+from pumice.question import Images, Prompter, Question, Seen, listed
 from pumice.room.fitting import check
 from pumice.tokenizer import Tokenizer
 
@@ -223,73 +224,6 @@ class Model(Prompter):
 
 def _numbered(name: str, error: UserError) -> UserError:
     return UserError(f"{name}: {error.message}", hint=error.hint)
-
-
-class Stream:
-    """An answer that is coming: iterate over its pieces; `answer` is the whole, finished first if it must be.
-
-    `seen` is what `see` gave for the question, where that was asked before.
-    """
-
-    def __init__(self, model: Model, question: Question, seen: Seen | None = None) -> None:
-        self._opened = model._open(question, seen)
-        self._pieces = self._run()
-
-    def __iter__(self) -> Iterator[str]:
-        return self._pieces
-
-    @property
-    def answer(self) -> Answer:
-        for _ in self._pieces:
-            pass
-        return self._opened.answer()
-
-    def _run(self) -> Iterator[str]:
-        return self._opened.pieces()
-
-
-class Chat:
-    """A conversation with one model. `history` is what has been said."""
-
-    def __init__(self, model: Model, settings: Question) -> None:
-        self._model, self._settings = model, settings
-        self.history: tuple[Exchange, ...] = ()
-
-    def ask(self, prompt: str, image: Images = None) -> Answer:
-        """The answer to the next turn, which then belongs to the history."""
-        turn = self.stream(prompt, image)
-        for _ in turn:
-            pass
-        return turn.answer
-
-    def stream(self, prompt: str, image: Images = None) -> ChatStream:
-        """The next answer in pieces; the turn belongs to the history once it has been read to its end."""
-        question = replace(self._settings, prompt=prompt, image=image, history=self.history)
-        return ChatStream(self, self._model, question)
-
-    def clear(self) -> None:
-        """Forget all turns."""
-        self.history = ()
-
-
-class ChatStream(Stream):
-    """A stream that adds its turn to the chat's history when it ends."""
-
-    def __init__(self, chat: Chat, model: Model, question: Question) -> None:
-        self._chat, self._question = chat, question
-        super().__init__(model, question)
-
-    def _run(self) -> Iterator[str]:
-        return _remembered(self._chat, self._question, self._opened)
-
-
-def _remembered(chat: Chat, question: Question, opened: Answering) -> Iterator[str]:
-    """The pieces of a turn, which then belongs to the chat. Not a method: a stream that its own generator holds would
-    not be freed when it is dropped."""
-    yield from opened.pieces()
-    new = len(listed(question.image))
-    images = opened.seen.images[-new:] if new else []
-    chat.history = (*chat.history, Exchange(question.prompt, opened.answer().text, tuple(images)))
 
 
 @dataclass(frozen=True)

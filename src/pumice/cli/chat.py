@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 
 from pumice.cli.paths import images_in, real_path, refuse_mark
 from pumice.cli.terminal import print_error, read_line
+from pumice.conversation import Chat
 from pumice.errors import UserError
 from pumice.image import open_image
-from pumice.model import Chat, Model
+from pumice.model import Model
 
 COMMANDS = ("/image", "/clear", "/help", "/?")
 LEAVING = ("/bye", "/exit")

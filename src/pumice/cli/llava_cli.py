@@ -160,7 +160,7 @@ def _check_context(given: Given, prompt_tokens: int, model: Model) -> None:
 
 def _tell(model: Model, asked: Question, seen: Seen) -> Answer:
     """Print the answer as it comes, after the lines about its images."""
-    from pumice.model import Stream
+    from pumice.conversation import Stream
 
     started = time.perf_counter()
     stream = Stream(model, asked, seen)

@@ -142,7 +142,7 @@ def _prompt(given: str | None) -> str | None:
 
 def _tell(model: Model, question: Question, *, quiet: bool) -> Answer:
     """Print the answer as it comes."""
-    from pumice.model import Stream
+    from pumice.conversation import Stream
 
     stream = Stream(model, question)
     for piece in stream:

@@ -21,10 +21,11 @@ from torch import Tensor
 from pumice import store
 from pumice.checkpoints.fields import reading
 from pumice.checkpoints.tensors import Entry, open_file, save_file
+from pumice.conversation import Stream
 from pumice.engine.sampling import Sampling
 from pumice.errors import UserError, shortened
 from pumice.image import Grid, Prepared
-from pumice.model import Model, Source, Stream, load_from
+from pumice.model import Model, Source, load_from
 from pumice.prompt import Part
 from pumice.question import Question
 from pumice.tasks.card import Build, read_as
