@@ -698,6 +698,15 @@ def test_answers_have_their_form_alone_batched_and_streamed(model: pumice.Model,
     assert "".join(stream) == answers[1].text == stream.answer.text
 
 
+def test_a_seed_says_the_same_in_a_form_whatever_runs_beside_it(model: pumice.Model) -> None:
+    """Forced tokens are read at once where few rows run, and drawn one by one where many do."""
+    form = pumice.Form.of(schema=RECEIPT)
+    asked = [
+        pumice.Question(f"Read it {n}.", sampling=Sampling(1.2, seed=n, max_tokens=100), form=form) for n in range(20)
+    ]
+    assert [each.tokens for each in model.ask_all(asked)] == [model.answer(each).tokens for each in asked]
+
+
 def test_forced_tokens_are_read_at_once(model: pumice.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     passes: list[int] = []
     whole = type(model.network).forward

@@ -188,7 +188,13 @@ class Sampler:
         return drawn
 
     def take(self, token: int) -> None:
-        """A token that came without being drawn, as when a grammar allows no other: the row has it, the guide knows."""
+        """A token that came without being drawn, as when a grammar allows no other: the row has it, the guide knows. It
+        uses up the seed's number of its place, as it would if it were drawn: which of the two it is depends on what
+        else runs."""
+        self._random.random()
+        self._remember(token)
+
+    def _remember(self, token: int) -> None:
         if self._seen is not None:
             self._seen.add(token)
         if self._guide is not None:
@@ -214,7 +220,7 @@ class Sampler:
         else:
             ids_N, chances_N = candidates(scores_V, self.sampling)
             token = int(ids_N[pick(chances_N, self._random.random())])
-        self.take(token)
+        self._remember(token)
         if self.sampling.logprobs is None:
             return Drawn(token)
         return Drawn(token, *log_probabilities(logits_V, token, self.sampling.logprobs))
