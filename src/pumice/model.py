@@ -379,7 +379,7 @@ def assembled(
         plain = tensors[name]
         if eyes_in_blocks and name.startswith(EYES) and isinstance(module, Linear) and ops.fits_eight_bits(plain):
             put_matrix(module, plain)
-            module.in_eight_bits = True
+            module.plain_until_used = tensors.give_back(name)
         else:
             setattr(module, field, nn.Parameter(plain.to(device, dtype), requires_grad=False))
     return network.eval()
