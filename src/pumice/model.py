@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import gc
 import threading
 import time
 from collections import deque
@@ -344,11 +346,25 @@ def load_from(
     source: Source, *, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None
 ) -> Model:
     """`load`, from a source that holds its choices."""
-    checkpoint = source.checkpoint()
-    type_, place = chosen_dtype(dtype), chosen_device(device)
-    check(checkpoint, type_, place)
-    network = assembled(checkpoint.tensors, checkpoint.config, type_, place)
+    with _uncollected():
+        checkpoint = source.checkpoint()
+        type_, place = chosen_dtype(dtype), chosen_device(device)
+        check(checkpoint, type_, place)
+        network = assembled(checkpoint.tensors, checkpoint.config, type_, place)
     return Model(str(source.name), checkpoint.config, checkpoint.tokenizer, network)
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection inside: a vocabulary is hundreds of thousands of objects that all stay, and each collection
+    walks them again, with all that PyTorch made."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def use_threads(count: int) -> None:
