@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import gc
 import threading
 import time
@@ -49,6 +48,8 @@ class Model(Prompter):
         self.network = network
         self._grammars: dict[Form, Grammar] = {}
         self._compiling = threading.Lock()
+        self._engine: Engine | None = None
+        self._starting = threading.Lock()
 
     def ask(
         self,
@@ -150,15 +151,19 @@ class Model(Prompter):
         generation = self.engine.submit(Request(ids, seen, sampling))
         return [step.token for step in self.engine.follow(generation)]
 
-    @functools.cached_property
+    @property
     def engine(self) -> Engine:
         """What answers the questions, all that are asked at the same time together."""
-        return Engine(self.network)
+        with self._starting:
+            if self._engine is None:
+                self._engine = Engine(self.network)
+            return self._engine
 
     def limit(self, limits: Limits) -> None:
         """What the engine may take from now on. What it knows of earlier questions is forgotten. Raises UserError for a
         cache folder that cannot be made."""
-        self.engine = Engine(self.network, limits)
+        with self._starting:
+            self._engine = Engine(self.network, limits)
 
     def _open(self, question: Question, seen: Seen | None = None) -> Answering:
         started = time.perf_counter()
