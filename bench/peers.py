@@ -136,6 +136,7 @@ def _llama_cpp(phase: str, family: str, job: Job, *, best: bool) -> Figures:
 def _run(command: list[str], threads: int) -> Done:
     """Raises RuntimeError with the program's last words if it fails."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # pip compiles a package; a folder is compiled by its first import
     with tempfile.TemporaryFile("w+") as errors:
         started = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=environment)

@@ -716,7 +716,7 @@ def test_forced_tokens_are_read_at_once(model: pumice.Model, monkeypatch: pytest
         return whole(self, x, batch)
 
     monkeypatch.setattr(type(model.network), "forward", counted)
-    monkeypatch.setattr(model, "engine", Engine(model.network, Limits(drafts=0)))
+    monkeypatch.setattr(model, "_engine", Engine(model.network, Limits(drafts=0)))
     answer = model.ask("Read it.", sampling=Sampling(max_tokens=300), schema=RECEIPT)
     assert len(passes) < len(answer.tokens) - 5
     assert max(passes[1:]) > 5

@@ -25,6 +25,7 @@ from conftest import reference
 from pumice import Sampling, UserError, checkpoints
 from pumice.checkpoints.gguf_file import Stored, ToStore, Value, open_gguf, write_gguf
 from pumice.checkpoints.gguf_vocab import stop_ids, tokenizer
+from pumice.checkpoints.mapped import MappedFile
 from pumice.engine import passes
 from pumice.network.llava import generate
 from pumice.prompt import Part
@@ -227,6 +228,29 @@ def test_kernels_are_near_the_unrounded_numbers(
     wanted = logits(plain, plain.see(question))
     assert float((found - wanted).norm()) < 0.05 * float(wanted.norm())
     assert not torch.equal(found, wanted)
+
+
+def test_eyes_in_eight_bits_leave_no_pages_of_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of their matrices gives its pages back once it is in eight bits, and nothing else does."""
+    path = pair(tiny.hf_folder(tmp_path / "hf", family="1.5", seed=6), tmp_path / "gguf", quant="Q4_0")
+    whole = MappedFile.give_back
+    given: list[tuple[str, int, int]] = []
+
+    def give_back(file: MappedFile, start: int, size: int) -> None:
+        given.append((file.path.name, start, size))
+        whole(file, start, size)
+
+    monkeypatch.setattr(MappedFile, "give_back", give_back)
+    model = pumice.load(path)
+    model.ask("What is it?", sampling=FEW)
+    assert not given
+    features = model.features(model.see(pumice.Question("What is it?", PICTURE)).images)
+    wanted = [each for each in open_gguf(path.with_name("mmproj.gguf")).tensors.values() if len(each.shape) == 2]
+    wanted = [each for each in wanted if each.name != "v.position_embd.weight"]
+    assert sorted(given) == sorted(("mmproj.gguf", each.start, each.nbytes) for each in wanted)
+    again = pumice.load(path)
+    monkeypatch.setattr(MappedFile, "give_back", lambda *_: None)
+    assert torch.equal(features[0], again.features(again.see(pumice.Question("What is it?", PICTURE)).images)[0])
 
 
 def test_damaged_files_pass_the_kernels_or_are_refused(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import random
+import re
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -79,6 +81,43 @@ def test_what_is_written_is_read(file: Path) -> None:
     assert torch.equal(_dense(found, "deep"), torch.ones(2, 1, 2, 3).half())
     assert architecture(file) == "llama"
     assert not list(file.parent.glob(".*")), "no half-written file stays"
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux says what lies in memory")
+def test_pages_that_are_given_back(tmp_path: Path) -> None:
+    """The pages of a tensor alone leave memory, and its values are read again when they are used again."""
+    page, words = mmap.PAGESIZE, 2**19
+    first, middle, last = (torch.randint(0, 2**15, (words,), dtype=torch.int16).half() for _ in range(3))
+    tensors = [
+        ToStore(name, (words,), FORMATS["F16"], each.numpy)
+        for name, each in (("first", first), ("middle", middle), ("last", last))
+    ]
+    assert list(write_gguf(tmp_path / "a.gguf", VALUES, tensors)) == ["first", "middle", "last"]
+    found = open_gguf(tmp_path / "a.gguf").tensors
+    views = {name: found[name].load() for name in found}
+    assert all(torch.equal(views[name], each) for name, each in (("first", first), ("middle", middle), ("last", last)))
+    whole = _resident(tmp_path / "a.gguf")
+    assert whole >= 3 * 2 * words
+    found["middle"].give_back()
+    assert found["middle"].start % page, "its ends lie in pages of its neighbours"
+    assert whole - _resident(tmp_path / "a.gguf") == 2 * words - page
+    assert torch.equal(views["middle"], middle)
+    assert _resident(tmp_path / "a.gguf") == whole
+    for start, size in ((5, 3 * page - 6), (page + 1, page), (0, 0), (page - 1, page - 1)):
+        found["middle"].file.give_back(start, size)
+        assert whole - _resident(tmp_path / "a.gguf") == {0: 0, 3 * page - 6: page}.get(size, 0)
+        assert float(views["first"].sum()) == float(first.sum())
+
+
+def _resident(path: Path) -> int:
+    """Bytes of the file that the process has in its memory."""
+    found, counts = 0, False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        if re.match("[0-9a-f]+-[0-9a-f]+ ", line):
+            counts = line.endswith(str(path))
+        elif counts and line.startswith("Rss:"):
+            found += 1024 * int(line.split()[1])
+    return found
 
 
 def _dense(found: GgufFile, name: str) -> torch.Tensor:

@@ -8,6 +8,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,9 +23,9 @@ from safetensors.torch import load_file, save_file
 import pumice
 import tiny
 from pumice import Exchange, Question, Sampling, UserError
-from pumice.engine import Engine
+from pumice.engine import Engine, Limits
 from pumice.model import Model
-from pumice.network.llava import generate
+from pumice.network.llava import Llava, generate
 
 FEW = Sampling(max_tokens=16)
 
@@ -126,7 +129,7 @@ def test_several_answers_to_one_question(model: Model, monkeypatch: pytest.Monke
     drawn = Sampling(1.0, seed=2**64 - 2, max_tokens=12)
     question = Question("What is it?", picture(3), sampling=drawn)
     alone = [model.answer(replace(question, sampling=replace(drawn, seed=seed))) for seed in (2**64 - 2, 2**64 - 1, 0)]
-    monkeypatch.setattr(model, "engine", Engine(model.network))
+    monkeypatch.setattr(model, "_engine", Engine(model.network))
     answers = model.answers(question, 3)
     assert [each.tokens for each in answers] == [each.tokens for each in alone]
     assert len({each.tokens for each in answers}) == 3
@@ -155,10 +158,35 @@ def test_a_batch_keeps_to_its_memory(model: Model, monkeypatch: pytest.MonkeyPat
     expected = [each.tokens for each in model.ask_all(questions)]
     monkeypatch.setattr(pumice.model, "WAITING", 2)
     small = Engine(model.network, positions=max(len(model.see(each).encoded.ids) for each in questions) + 32)
-    monkeypatch.setattr(model, "engine", small)
+    monkeypatch.setattr(model, "_engine", small)
     assert [each.tokens for each in model.ask_all(questions)] == expected
     with pytest.raises(UserError, match="question 2: there is no image"):
         model.ask_all([Question("a"), Question("b", "nowhere.png")])
+
+
+def test_first_questions_at_once_have_one_engine(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it takes to make one."""
+    asking, made = threading.Barrier(4), []
+
+    class Slow(Engine):
+        def __init__(self, network: Llava, limits: Limits | None = None) -> None:
+            made.append(self)
+            time.sleep(0.1)
+            super().__init__(network, limits or Limits())
+
+    monkeypatch.setattr(pumice.model, "Engine", Slow)
+    monkeypatch.setattr(model, "_engine", None)
+
+    def first(_: int) -> Engine:
+        asking.wait()
+        return model.engine
+
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(first, range(4)))
+    assert made == [model.engine]
+    assert all(each is model.engine for each in found)
+    model.limit(Limits(rows=1))
+    assert made == [found[0], model.engine]
 
 
 def test_literal_marks_of_a_user_are_text(model: Model) -> None:

@@ -698,3 +698,25 @@ def test_text_that_cannot_become_a_stop_string_is_not_held_back() -> None:
     assert stopper.push("1") == ("#1", False)
     assert stopper.push("\n") == ("", False)
     assert stopper.finish() == "\n"
+
+
+class Counted(str):
+    """A text that counts how often somebody looks at its characters."""
+
+    looks = 0
+
+    def __getitem__(self, place: Any) -> str:
+        found = super().__getitem__(place)
+        Counted.looks += len(found)
+        return found
+
+
+@pytest.mark.parametrize("size", [1_000, 30_000])
+def test_a_huge_stop_string_costs_its_length(size: int) -> None:
+    """Where every character of a long answer may still become it: each is looked at a few times at most."""
+    Counted.looks, stopper = 0, StopText([Counted("a" * size + "b")])
+    shown = "".join(stopper.push("aaa")[0] for _ in range(size))
+    assert shown == "a" * (2 * size)
+    assert stopper.push("ab!") == ("a", True)
+    assert stopper.finish() == ""
+    assert Counted.looks < 6 * 3 * size

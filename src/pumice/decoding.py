@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
@@ -120,33 +121,65 @@ def _byte_levels() -> dict[int, int]:
 
 
 class StopText:
-    """Cuts an answer before the first stop string to be complete, however the text arrives in pieces."""
+    """Cuts an answer before the first stop string to be complete, however the text arrives in pieces. The work for a
+    character grows with the number of stop strings, and not with their length."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         """Empty strings are no stops."""
-        self._stops = tuple(dict.fromkeys(stop for stop in stops if stop))
-        self._held = ""
+        self._stops = [_Stop(each) for each in dict.fromkeys(stops) if each]
+        self._held: deque[str] = deque()
+        self._held_size = 0
         self.stopped = False
 
     def push(self, text: str) -> tuple[str, bool]:
         """What may be shown now, and whether a stop string was met; text that may become one is held back."""
         if self.stopped:
             return "", True
-        text = self._held + text
-        ends = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
-        if ends:
-            self._held, self.stopped = "", True
-            return text[: min(ends)[1]], True
-        held = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held], False
+        before = self._held_size
+        self._held.append(text)
+        self._held_size += len(text)
+        for end, character in enumerate(text if self._stops else "", before + 1):
+            met = [stop.size for stop in self._stops if stop.push(character)]
+            if met:
+                shown, self.stopped = self._front(end - max(met)), True
+                self._front(self._held_size)
+                return shown, True
+        return self._front(self._held_size - max((stop.begun for stop in self._stops), default=0)), False
 
     def finish(self) -> str:
         """What was held back and became no stop string."""
-        held, self._held = self._held, ""
-        return held
+        return self._front(self._held_size)
+
+    def _front(self, count: int) -> str:
+        """The first characters of what is held back, which then are not any more."""
+        self._held_size -= count
+        taken = []
+        while count:
+            piece = self._held.popleft()
+            if len(piece) > count:
+                self._held.appendleft(piece[count:])
+            taken.append(piece[:count])
+            count -= len(taken[-1])
+        return "".join(taken)
 
 
-def _overlap(text: str, stop: str) -> int:
-    """The longest end of `text` with which `stop` begins."""
-    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+class _Stop:
+    """A stop string, and how much of its beginning the text so far ends with (Knuth, Morris and Pratt 1977)."""
+
+    def __init__(self, text: str) -> None:
+        self._text, self.size, self.begun = text, len(text), 0
+        self._borders = [0, 0]
+        """Of so many first characters: the longest beginning, short of all, that is their end too. As far as needed."""
+
+    def push(self, character: str) -> bool:
+        """Whether it makes the stop string complete; after that nothing may be pushed."""
+        self.begun = self._longer(self.begun, character)
+        if self.begun == len(self._borders):
+            self._borders.append(self._longer(self._borders[-1], character))
+        return self.begun == self.size
+
+    def _longer(self, begun: int, character: str) -> int:
+        """How much of the beginning stands at the end when a character follows after so much of it."""
+        while begun and self._text[begun] != character:
+            begun = self._borders[begun]
+        return begun + (self._text[begun] == character)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
+import gc
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -47,6 +48,8 @@ class Model(Prompter):
         self.network = network
         self._grammars: dict[Form, Grammar] = {}
         self._compiling = threading.Lock()
+        self._engine: Engine | None = None
+        self._starting = threading.Lock()
 
     def ask(
         self,
@@ -168,15 +171,19 @@ class Model(Prompter):
         generation = self.engine.submit(Request(ids, seen, sampling))
         return [step.token for step in self.engine.follow(generation)]
 
-    @functools.cached_property
+    @property
     def engine(self) -> Engine:
         """What answers the questions, all that are asked at the same time together."""
-        return Engine(self.network)
+        with self._starting:
+            if self._engine is None:
+                self._engine = Engine(self.network)
+            return self._engine
 
     def limit(self, limits: Limits) -> None:
         """What the engine may take from now on. What it knows of earlier questions is forgotten. Raises UserError for a
         cache folder that cannot be made."""
-        self.engine = Engine(self.network, limits)
+        with self._starting:
+            self._engine = Engine(self.network, limits)
 
     def _open(self, question: Question, seen: Seen | None = None) -> Answering:
         started = time.perf_counter()
@@ -297,11 +304,25 @@ def load_from(
     source: Source, *, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None
 ) -> Model:
     """`load`, from a source that holds its choices."""
-    checkpoint = source.checkpoint()
-    type_, place = chosen_dtype(dtype), chosen_device(device)
-    check(checkpoint, type_, place)
-    network = assembled(checkpoint.tensors, checkpoint.config, type_, place)
+    with _uncollected():
+        checkpoint = source.checkpoint()
+        type_, place = chosen_dtype(dtype), chosen_device(device)
+        check(checkpoint, type_, place)
+        network = assembled(checkpoint.tensors, checkpoint.config, type_, place)
     return Model(str(source.name), checkpoint.config, checkpoint.tokenizer, network)
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection inside: a vocabulary is hundreds of thousands of objects that all stay, and each collection
+    walks them again, with all that PyTorch made."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def use_threads(count: int) -> None:
@@ -332,7 +353,7 @@ def assembled(
         plain = tensors[name]
         if eyes_in_blocks and name.startswith(EYES) and isinstance(module, Linear) and ops.fits_eight_bits(plain):
             put_matrix(module, plain)
-            module.in_eight_bits = True
+            module.plain_until_used = tensors.give_back(name)
         else:
             setattr(module, field, nn.Parameter(plain.to(device, dtype), requires_grad=False))
     return network.eval()

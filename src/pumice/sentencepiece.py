@@ -6,11 +6,10 @@ sentencepiece_model.proto.
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pumice.errors import UserError
 
@@ -25,8 +24,7 @@ _MODELS = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 _Value = int | bytes
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """One row of the vocabulary."""
 
     text: str
@@ -56,7 +54,7 @@ class PieceModel:
         """Ids without text of their own."""
         return frozenset(id for id, piece in enumerate(self.pieces) if piece.kind in (UNKNOWN, CONTROL))
 
-    def merges(self) -> list[tuple[str, str]]:
+    def merges(self) -> list[list[str]]:
         """Pairs in the order in which they are joined: the better the piece they give, the earlier.
 
         sentencepiece joins the best-scored pair first, the left one of equals; of two ways to the same piece the one
@@ -64,15 +62,15 @@ class PieceModel:
         """
         scores = {piece.text: piece.score for piece in self.pieces if piece.kind == NORMAL}
         pairs = [
-            (-score, -cut, text)
-            for text, score in scores.items()
+            (-score, -cut, place, text)
+            for place, (text, score) in enumerate(scores.items())
             for cut in range(1, len(text))
             if text[:cut] in scores and text[cut:] in scores
         ]
-        return [(text[:-cut], text[-cut:]) for _, cut, text in sorted(pairs, key=lambda pair: pair[:2])]
+        return [[text[:-cut], text[-cut:]] for _, cut, _, text in sorted(pairs)]
 
-    def as_json(self, added: Sequence[dict[str, Any]], bos: str | None) -> str:
-        """A tokenizer.json with the same pieces, `added` tokens beside them, and `bos` in front of a text.
+    def as_json(self, added: Sequence[dict[str, Any]], bos: str | None) -> dict[str, Any]:
+        """What a tokenizer.json says with the same pieces, `added` tokens beside them, and `bos` in front of a text.
 
         Nothing in it puts a space in front of a text: `Tokenizer` does.
         """
@@ -95,7 +93,7 @@ class PieceModel:
         replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
         back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
         model = {"type": "BPE", "vocab": vocab, "merges": self.merges(), "unk_token": self.unk, "fuse_unk": True}
-        spec = {
+        return {
             "version": "1.0",
             "added_tokens": sorted(added, key=lambda token: token["id"]),
             "normalizer": {"type": "Sequence", "normalizers": [replace]},
@@ -108,7 +106,6 @@ class PieceModel:
             "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}]},
             "model": {**model, "byte_fallback": self.byte_fallback},
         }
-        return json.dumps(spec)
 
 
 def read_model(data: bytes, name: str) -> PieceModel:

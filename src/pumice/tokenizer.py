@@ -7,6 +7,7 @@ Text of a person is tokenised without special tokens, so no literal `</s>` in it
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -78,9 +79,12 @@ class _Section:
 class Tokenizer:
     """A vocabulary and its rules. Made by `from_folder`, `from_json` or `from_sentencepiece`."""
 
-    def __init__(self, text: str, config: Mapping[str, Any], *, model: _Sentencepiece | None = None) -> None:
-        """`text` is a tokenizer.json; `model` holds what such a file cannot say. Use the class methods instead."""
-        self._library, spec = _library(text)
+    def __init__(
+        self, text: str, spec: Mapping[str, Any], config: Mapping[str, Any], *, model: _Sentencepiece | None = None
+    ) -> None:
+        """`text` is a tokenizer.json, `spec` its content; `model` holds what such a file cannot say. Use the class
+        methods instead."""
+        self._library = _library(text, spec)
         _add_missing(self._library, config)
         added = self._library.get_added_tokens_decoder()
         prefix, normalizer, pre_tokenizer = _prefix(spec)
@@ -100,7 +104,7 @@ class Tokenizer:
         strip = model.strip if model else None
         self._decoder = Decoder(spec.get("decoder"), self._library.id_to_token, skipped, sentencepiece_strip=strip)
         self._front = _front(spec, self._library)
-        self.vocab_size = max(self._library.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(itertools.chain(spec["model"]["vocab"].values(), added)) + 1
         self.adds_bos = bool(self._front)
         self.bos_id = self._front[0] if self._front else self._declared(config, "bos_token")
         self.eos_id = self._declared(config, "eos_token")
@@ -108,14 +112,16 @@ class Tokenizer:
         self.pad_id = None if pad is None else self.id_of(pad)
 
     @classmethod
-    def from_json(cls, path_or_text: Path | str, *, config: Mapping[str, Any] | None = None) -> Tokenizer:
-        """A tokenizer.json as it stands, as AutoTokenizer uses it. A text that begins with `{` is the file's content.
+    def from_json(cls, source: Path | str | Mapping[str, Any], *, config: Mapping[str, Any] | None = None) -> Tokenizer:
+        """A tokenizer.json as it stands, as AutoTokenizer uses it: a file, a text that begins with `{`, or its content.
 
         `config` is tokenizer_config.json. Raises UserError when the file is damaged or of a kind that is not supported.
         """
-        if isinstance(path_or_text, str) and path_or_text.lstrip().startswith("{"):
-            return cls(path_or_text, config or {})
-        return cls(_read(Path(path_or_text)).decode(errors="replace"), config or {})
+        if isinstance(source, Mapping):
+            return cls(json.dumps(source), source, config or {})
+        is_text = isinstance(source, str) and source.lstrip().startswith("{")
+        text = str(source) if is_text else _read(Path(source)).decode(errors="replace")
+        return cls(text, _content(text), config or {})
 
     @classmethod
     def from_sentencepiece(
@@ -150,7 +156,8 @@ class Tokenizer:
         tokens = {name: added_token(ids[name], name) for name in (*marks, *names) if name in ids}
         tokens |= {content: added_token(id, content) for content, id in (added or {}).items()}
         tokens |= {token["content"]: token for token in declared_tokens(config)}
-        return cls(proto.as_json(list(tokens.values()), bos), config, model=model)
+        spec = proto.as_json(list(tokens.values()), bos)
+        return cls(json.dumps(spec), spec, config, model=model)
 
     @classmethod
     def from_folder(cls, folder: Path | str) -> Tokenizer:
@@ -287,14 +294,21 @@ class Tokenizer:
         return found.ids, [section.learned[start] for start in starts]
 
 
-def _library(text: str) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """The library's object and the content it was made from."""
-    hint = "get tokenizer.json again from where the model came"
+_AGAIN = "get tokenizer.json again from where the model came"
+
+
+def _content(text: str) -> dict[str, Any]:
+    """What a tokenizer.json says."""
     try:
         spec = json.loads(text)
     except (ValueError, RecursionError) as problem:
-        raise UserError(f"the tokenizer.json is not JSON, or not whole: {problem}", hint=hint) from problem
-    model = spec.get("model") if isinstance(spec, dict) else None
+        raise UserError(f"the tokenizer.json is not JSON, or not whole: {problem}", hint=_AGAIN) from problem
+    return spec if isinstance(spec, dict) else {}
+
+
+def _library(text: str, spec: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """The library's object for a tokenizer.json and its content."""
+    hint, model = _AGAIN, spec.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE":
         kind = model.get("type") if isinstance(model, dict) else None
         raise UserError(f"the tokenizer.json is of kind {kind!r}; pumice reads 'BPE'", hint=hint)
@@ -309,7 +323,7 @@ def _library(text: str) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
         library = tokenizers.Tokenizer.from_str(text)
     library.no_padding()
     library.no_truncation()
-    return library, spec
+    return library
 
 
 _STEPS = {
@@ -331,11 +345,7 @@ def _refuse_lost_merges(model: Mapping[str, Any], hint: str) -> None:
     """Two pieces that join to a token that is none: the library would print an error of its own on the terminal."""
     for merge in model.get("merges") or ():
         pair = merge.split(" ") if isinstance(merge, str) else merge
-        if (
-            isinstance(pair, list)
-            and all(isinstance(each, str) for each in pair)
-            and "".join(pair) not in model["vocab"]
-        ):
+        if isinstance(pair, list) and set(map(type, pair)) <= {str} and "".join(pair) not in model["vocab"]:
             raise UserError(f"the tokenizer.json joins {pair}, which gives no token of its vocabulary", hint=hint)
 
 

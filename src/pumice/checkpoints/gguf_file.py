@@ -91,7 +91,12 @@ class Stored:
     def entry(self, load: Callable[[], Tensor | QTensor] | None = None) -> Entry:
         """The tensor as a checkpoint holds it; `load` gives its values in another order."""
         blocks = self.format if self.format.dtype is None else None
-        return Entry(self.name, self.shape, self.format.dtype or torch.float32, load or self.load, blocks)
+        dtype = self.format.dtype or torch.float32
+        return Entry(self.name, self.shape, dtype, load or self.load, blocks, give_back=self.give_back)
+
+    def give_back(self) -> None:
+        """The pages of the values leave memory; those at its ends stay for its neighbours."""
+        self.file.give_back(self.start, self.nbytes)
 
     def load(self) -> Tensor | QTensor:
         """The values: a view of the file; a matrix in blocks stays in them, whatever else is in blocks is unpacked."""

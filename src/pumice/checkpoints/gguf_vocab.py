@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pumice.checkpoints.fields import Fields, is_number, is_whole, shown
+from pumice.checkpoints.fields import MAX_NUMBER, Fields, is_whole, shown
 from pumice.errors import UserError
 from pumice.sentencepiece import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED, Piece, PieceModel
 from pumice.tokenizer import Tokenizer
@@ -37,7 +36,7 @@ def tokenizer(fields: Fields) -> Tokenizer:
     if _model(fields) == "llama":
         model, config = _sentencepiece(fields, tokens, kinds)
         return Tokenizer.from_pieces(model, config=config)
-    return Tokenizer.from_json(json.dumps(_byte_level(fields, tokens, kinds)), config=_names(fields, tokens, {}))
+    return Tokenizer.from_json(_byte_level(fields, tokens, kinds), config=_names(fields, tokens, {}))
 
 
 def tokenizer_files(fields: Fields) -> dict[str, dict[str, Any]]:
@@ -60,7 +59,7 @@ def tokenizer_files(fields: Fields) -> dict[str, dict[str, Any]]:
 
 def _as_transformers(model: PieceModel, added: Sequence[dict[str, Any]], bos: str | None) -> dict[str, Any]:
     """A tokenizer.json that also says what `Tokenizer` does around the pairing: the space in front of a text."""
-    spec: dict[str, Any] = json.loads(model.as_json(added, bos))
+    spec = model.as_json(added, bos)
     if model.dummy_prefix:
         spec["normalizer"]["normalizers"].insert(0, {"type": "Prepend", "prepend": SPACE})
         spec["decoder"]["decoders"].append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
@@ -188,13 +187,20 @@ def _added(tokens: Sequence[str], kinds: Sequence[int]) -> dict[str, dict[str, A
     }
 
 
+def _all_of(values: list[Any], kind: type) -> bool:
+    """Whether all are of a kind; numbers also within bounds. A vocabulary is long, and its types are few."""
+    kinds = set(map(type, values))
+    if kind is float:
+        return kinds <= {int, float} and all(-MAX_NUMBER < each < MAX_NUMBER for each in values)
+    return kinds == {kind}
+
+
 def _list(fields: Fields, key: str, kind: type, *, like: Sequence[object] = (), default: object = None) -> list[Any]:
     """An array, each value of one kind; as long as `like` where that is given."""
     values = fields.raw(key)
     if values is None and default is not None:
         return [default] * len(like)
-    fits: Callable[[object], bool] = {int: is_whole, float: is_number}.get(kind, lambda each: isinstance(each, kind))
-    if not isinstance(values, list) or not values or len(values) > MAX_TOKENS or not all(map(fits, values)):
+    if not isinstance(values, list) or not 0 < len(values) <= MAX_TOKENS or not _all_of(values, kind):
         raise fields.wrong(key, f"an array of {kind.__name__}")
     if like and len(values) != len(like):
         raise UserError(

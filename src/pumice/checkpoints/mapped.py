@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import mmap
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,12 +20,23 @@ class MappedFile:
     size: int
 
     @functools.cached_property
+    def _mapping(self) -> mmap.mmap:
+        with self.path.open("rb") as file:
+            return mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_COPY)
+
+    @functools.cached_property
     def bytes(self) -> Tensor:
         """The whole file, (size,) uint8."""
-        storage: Any = torch.UntypedStorage.from_file(str(self.path), shared=False, nbytes=self.size)
-        return torch.empty(0, dtype=torch.uint8).set_(storage)
+        return torch.frombuffer(self._mapping, dtype=torch.uint8)
 
     @property
     def memory(self) -> memoryview:
         """The same bytes, for readers that want no tensor."""
-        return self.bytes.numpy().data
+        return memoryview(self._mapping)
+
+    def give_back(self, start: int, size: int) -> None:
+        """The pages that lie in this stretch as a whole leave the process's memory; they are read again when they are
+        touched again. What was written to them is lost."""
+        first, last = -(-start // mmap.PAGESIZE), (start + size) // mmap.PAGESIZE
+        if sys.platform == "linux" and first < last:
+            self._mapping.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)

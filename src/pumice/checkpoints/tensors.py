@@ -40,6 +40,10 @@ _DTYPES = {
 }
 
 
+def _stays() -> None:
+    """Of files whose pages stay in memory once they are there."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """One tensor of a checkpoint, before its values are asked for. `key` is what its file calls it."""
@@ -53,6 +57,8 @@ class Entry:
     """The format of quantised values."""
     computed: bool = False
     """Are the values made when they are loaded, in memory of their own? Else they are a view of the file."""
+    give_back: Callable[[], None] = _stays
+    """Lets the file's pages leave memory that hold the values alone; a view of them reads them again."""
 
     def dense(self) -> Tensor:
         """The values as plain numbers, unpacked where the file holds blocks."""
@@ -116,6 +122,10 @@ class Tensors(Mapping[str, Tensor]):
     def computed(self, name: str) -> bool:
         """Whether loading the tensor takes memory beside the file's pages."""
         return self._entries[name].computed
+
+    def give_back(self, name: str) -> Callable[[], None]:
+        """What lets the tensor's pages leave memory: see `Entry.give_back`."""
+        return self._entries[name].give_back
 
     def kinds(self, *parts: str) -> str:
         """Which types the values have, and how many tensors of each: `Q4_K 193, F32 65`. parts: how the names of those

@@ -14,7 +14,7 @@ import typer
 
 from pumice.cli.llava_flags import Given, read_flags
 from pumice.cli.paths import refuse_mark
-from pumice.cli.terminal import busy
+from pumice.cli.terminal import loading
 from pumice.errors import UserError, shortened
 from pumice.prompt import IMAGE_MARK, TEMPLATES
 
@@ -56,7 +56,7 @@ def llava_cli(context: typer.Context) -> None:
     for line in notes:
         _say(line)
     started = time.perf_counter()
-    with busy("loading"):
+    with loading():
         asked = question(given)
         model = _loaded(given, raw=asked.raw)
     load_s = time.perf_counter() - started

@@ -25,7 +25,7 @@ from pumice.cli.options import (
     System,
     Template,
 )
-from pumice.cli.terminal import busy
+from pumice.cli.terminal import loading
 from pumice.errors import UserError
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def run(
     pumice run pebble "What does the sign say?" -i sign.png
     """
     text = _prompt(prompt)
-    with busy("loading"):
+    with loading():
         from pumice.engine import Limits, Sampling
         from pumice.model import load_from
 

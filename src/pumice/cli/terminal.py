@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import sys
 from collections.abc import Callable, Iterator
@@ -45,6 +46,19 @@ def busy(what: str) -> Iterator[None]:
 
     with Console(stderr=True).status(what):
         yield
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Imports, and a model that is loaded: said as by `busy`. Without garbage collection, which would walk all that
+    PyTorch and a vocabulary are made of again and again; it stays to the end, and is not walked later either."""
+    gc.disable()
+    try:
+        with busy("loading"):
+            yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,9 @@ from pumice.quant import QTensor
 class Linear(nn.Linear):
     """y = x Wᵀ + b, run by whatever the hardware does best."""
 
-    in_eight_bits = False
-    """Whether the matrix, if it is one of plain numbers, turns into one of eight bits when it is first used."""
+    plain_until_used: Callable[[], None] | None = None
+    """Set where the matrix, one of plain numbers, turns into one of eight bits when it is first used: what is done
+    then, when the plain ones have served."""
 
     def reset_parameters(self) -> None:
         # Drawing on the meta device draws nothing, and imports PyTorch's compiler to do so.
@@ -26,9 +27,10 @@ class Linear(nn.Linear):
         return ops.linear(input, self.matrix(), self.bias)
 
     def matrix(self) -> Tensor | QTensor:
-        if self.in_eight_bits:
-            self.in_eight_bits = False
+        if (served := self.plain_until_used) is not None:
+            self.plain_until_used = None
             put_matrix(self, ops.eight_bits(self.weight))
+            served()
         return self.weight
 
 

@@ -67,15 +67,15 @@ class Footprint:
 
     def work(self, positions: int, tiles: int) -> int:
         """About what is taken besides while a prompt of so many positions, and pictures of so many tiles, are read:
-        inputs and outputs of a block's products in float32; of the tower twice that, for what the allocator keeps, and
-        the states between its blocks."""
+        inputs and outputs of a block's products in float32; of the tower three times that, for what the allocator
+        keeps, and the states that are its features."""
         text, vision = self.config.text, self.config.vision
         at_once = min(positions, PASS_POSITIONS) if self.in_blocks else positions
         inner, shared = text.heads * text.head_width, text.kv_heads * text.head_width
         numbers = at_once * (4 * text.width + 2 * inner + 2 * shared + 3 * text.ffn_width) + text.vocab
         if vision is not None:
-            states, block = vision.blocks_needed + 1, 8 * vision.width + 4 * vision.ffn_width
-            numbers = max(numbers, tiles * vision.positions * (states * vision.width + 2 * block))
+            block = 8 * vision.width + 4 * vision.ffn_width
+            numbers = max(numbers, tiles * vision.positions * (vision.feature_width + 3 * block))
         return 4 * numbers + self.widest
 
     def needs(self, positions: int, tiles: int) -> Share:
