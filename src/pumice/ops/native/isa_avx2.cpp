@@ -13,6 +13,7 @@ namespace avx2 {
 #include "vector_avx2.inl"
 #include "levels_avx2.inl"
 #include "scales.inl"
+#include "eight_avx2.inl"
 #include "rows.inl"
 #include "rows_avx2.inl"
 #include "micro_avx2.inl"

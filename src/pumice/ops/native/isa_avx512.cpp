@@ -13,6 +13,7 @@ namespace avx512 {
 #include "vector_avx2.inl"
 #include "levels_avx2.inl"
 #include "scales.inl"
+#include "eight_avx2.inl"
 #include "rows.inl"
 #include "rows_avx2.inl"
 #include "micro_avx512.inl"

@@ -52,36 +52,26 @@ inline __m256i iq4_nl(__m256i q) {
 // The field of each byte from bit `from` on that `mask` keeps.
 inline __m256i field(__m256i v, int from, int mask) { return masked(_mm256_srli_epi16(v, from), mask); }
 
-// Levels 32 i to 32 i + 31 of the chunk at b, one a byte.
-template <Format F> inline __attribute__((always_inline)) __m256i levels_of(const uint8_t* b, int i) {
-    if constexpr (!Traits<F>::whole) b += i * Traits<F>::bytes;
-    if constexpr (F == Q4_0) return nibbles16(b + 2);
-    if constexpr (F == Q4_1) return nibbles16(b + 4);
-    if constexpr (F == Q5_0) return _mm256_or_si256(nibbles16(b + 6), fifth_bits(b + 2));
-    if constexpr (F == Q5_1) return _mm256_or_si256(nibbles16(b + 8), fifth_bits(b + 4));
-    if constexpr (F == Q8_0) return bytes32(b + 2);
-    if constexpr (F == IQ4_NL) return iq4_nl(nibbles16(b + 2));
-    if constexpr (F == Q4_K) return field(bytes32(b + 16 + 32 * (i / 2)), 4 * (i % 2), 15);
+// Levels 32 i to 32 i + 31 of a K-quant's chunk, one a byte; `bytes(at)` has those from `at` on, in any order.
+template <Format F, class Bytes> inline __attribute__((always_inline)) __m256i levels_by(const Bytes& bytes, int i) {
+    if constexpr (F == Q4_K) return field(bytes(16 + 32 * (i / 2)), 4 * (i % 2), 15);
     if constexpr (F == Q5_K) {
-        const __m256i low = field(bytes32(b + 48 + 32 * (i / 2)), 4 * (i % 2), 15);
-        return _mm256_or_si256(low, _mm256_slli_epi16(field(bytes32(b + 16), i, 1), 4));
+        const __m256i low = field(bytes(48 + 32 * (i / 2)), 4 * (i % 2), 15);
+        return _mm256_or_si256(low, _mm256_slli_epi16(field(bytes(16), i, 1), 4));
     }
     const int part = i % 4, side = i / 4;
     if constexpr (F == Q6_K) {
-        const __m256i low = field(bytes32(b + 64 * side + 32 * (part % 2)), 4 * (part / 2), 15);
-        return _mm256_or_si256(low, _mm256_slli_epi16(field(bytes32(b + 128 + 32 * side), 2 * part, 3), 4));
+        const __m256i low = field(bytes(64 * side + 32 * (part % 2)), 4 * (part / 2), 15);
+        return _mm256_or_si256(low, _mm256_slli_epi16(field(bytes(128 + 32 * side), 2 * part, 3), 4));
     }
     if constexpr (F == Q3_K) {
-        const __m256i low = field(bytes32(b + 32 + 32 * side), 2 * part, 3);
-        return _mm256_or_si256(low, _mm256_slli_epi16(field(bytes32(b), i, 1), 2));
+        const __m256i low = field(bytes(32 + 32 * side), 2 * part, 3);
+        return _mm256_or_si256(low, _mm256_slli_epi16(field(bytes(0), i, 1), 2));
     }
-    if constexpr (F == Q2_K) return field(bytes32(b + 16 + 32 * side), 2 * part, 3);
+    if constexpr (F == Q2_K) return field(bytes(16 + 32 * side), 2 * part, 3);
 }
 
-template <Format F> inline void read_levels(const uint8_t* b, int count, uint8_t* q) {
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) {
-        if (32 * i >= count) break;
-        _mm256_store_si256((__m256i*)(q + 32 * i), levels_of<F>(b, i));
-    }
+// Levels 32 i to 32 i + 31 of a row's chunk at b.
+template <Format F> inline __attribute__((always_inline)) __m256i levels_of(const uint8_t* b, int i) {
+    return levels_by<F>([&](int at) { return bytes32(b + at); }, i);
 }

@@ -33,6 +33,8 @@ inline Layout layout_of_many(int32_t format) {
 
 template <int bits> constexpr int sums_that_fit = bits == 5 ? 4 : bits == 6 ? 2 : 8;
 
+inline __m256i levels_at(const uint8_t* p) { return _mm256_load_si256((const __m256i*)p); }
+
 template <Format F> struct PanelChunk {
     static constexpr int subs = CHUNK / Traits<F>::sub;
     // In groups of four weights, or of two that are 16 bits wide.
@@ -42,79 +44,86 @@ template <Format F> struct PanelChunk {
     alignas(64) int32_t base[PANEL];
     alignas(64) float d[PANEL], dmin[PANEL];
 
-    // The scales of a row and, of its levels, `q`, what they need.
-    void put(int row, uint8_t* q, const WholeScales& s) {
-        for (int j = 0; j < subs; j++) scale[j][row][0] = scale[j][row][1] = s.scale[j];
-        for (int j = 0; j < subs; j++) min[j / 2][row][j % 2] = s.min[j];
-        d[row] = s.d;
-        dmin[row] = s.dmin;
-        if constexpr (way<F> == CENTRED) base[row] = centred(q, s.scale);
+    void put_scales(int first, const EightWholes<F>& s) {
+        for (int j = 0; j < subs; j++) store_at(scale[j][first], s.scale[j]);
+        if constexpr (way<F> == MINS)
+            for (int j = 0; j < subs / 2; j++) store_at(min[j][first], s.min[j]);
+        _mm256_store_ps(d + first, s.d);
+        _mm256_store_ps(dmin + first, s.dmin);
+        store_at(base + first, _mm256_setzero_si256());
     }
 
-    void put(int row, uint8_t* q, const FloatScales& s) {
-        WholeScales whole;
-        whole.d = shares(s.scale, top_scale<F>, whole.scale);
-        if constexpr (way<F> == AS_WIDE) whole.d *= top_scale<F> / 64;  // a level there is 64 shares of its own scale
-        if constexpr (way<F> == MINS) whole.dmin = -shares(s.offset, TOP_MIN, whole.min);
-        put(row, q, whole);
+    void put_scales(int first, const EightFloats& s) {
+        EightWholes<F> whole;
+        __m256i share[8];
+        whole.d = shares(s.scale, top_scale<F>, share);
+        // A level there is 64 shares of its own scale.
+        if constexpr (way<F> == AS_WIDE) whole.d = _mm256_mul_ps(whole.d, _mm256_set1_ps(top_scale<F> / 64));
+        for (int j = 0; j < 8; j++) whole.scale[j] = side_by_side(share[j], share[j]);
+        whole.dmin = _mm256_setzero_ps();
+        if constexpr (way<F> == MINS) {
+            whole.dmin = _mm256_mul_ps(shares(s.offset, TOP_MIN, share), _mm256_set1_ps(-1));
+            for (int j = 0; j < 4; j++) whole.min[j] = side_by_side(share[2 * j], share[2 * j + 1]);
+        }
+        put_scales(first, whole);
+    }
+
+    // Levels 32 i to 32 i + 31 of eight rows whose scales are there.
+    void put_levels(int first, int i, const __m256i (&q)[8]) {
+        if constexpr (way<F> == AS_WIDE) {
+            const __m256i share = levels_at((const uint8_t*)scale[i][first]);
+            for (int g = 0; g < 8; g++)
+                for (int half = 0; half < 2; half++) {
+                    // 64 times the level, in proportion to the greatest scale.
+                    const __m256i wide = _mm256_slli_epi16(two_of(q[g], 2 * half, 2 * half + 1), 7);
+                    store_at(level[16 * i + 2 * g + half][first], _mm256_mulhrs_epi16(wide, share));
+                }
+        } else {
+            for (int g = 0; g < 8; g++)
+                store_at(level[8 * i + g][first], way<F> == CENTRED ? _mm256_sub_epi8(q[g], _mm256_set1_epi8(centre<F>)) : q[g]);
+            if constexpr (way<F> == CENTRED) put_base(first, i, q);
+        }
     }
 
    private:
-    // Eight numbers as whole shares of the greatest, which has `top`; what one share is worth. If one is no number or
-    // has no end, neither has that.
-    static float shares(const float* numbers, int top, int16_t* out) {
-        const __m256 v = _mm256_load_ps(numbers);
-        float greatest = 0;
-        for (int j = 0; j < 8; j++) greatest = fabsf(numbers[j]) > greatest ? fabsf(numbers[j]) : greatest;
-        const __m256 inverse = _mm256_set1_ps(greatest > 0 ? float(top) / greatest : 0);
-        const __m256i share = _mm256_cvtps_epi32(_mm256_mul_ps(v, inverse));
-        _mm_store_si128((__m128i*)out, _mm_packs_epi32(_mm256_castsi256_si128(share), _mm256_extracti128_si256(share, 1)));
-        return greatest / float(top) + 0 * lanes_sum(v);
+    static void store_at(void* to, __m256i v) { _mm256_store_si256((__m256i*)to, v); }
+
+    // The lower halves of two numbers.
+    static __m256i side_by_side(__m256i first, __m256i second) {
+        return _mm256_blend_epi16(first, _mm256_slli_epi32(second, 16), 0xaa);
     }
 
-    // Makes the levels of a row signed; what activations that are 128 too great add to its sum, taken away.
-    static int32_t centred(uint8_t* q, const int16_t* scales) {
-        __m256i sum = _mm256_setzero_si256();
-        const __m256i ones = _mm256_set1_epi8(1);
-        for (int i = 0; i < 8; i++) {
-            const __m256i level = _mm256_sub_epi8(_mm256_load_si256((const __m256i*)(q + 32 * i)), _mm256_set1_epi8(centre<F>));
-            _mm256_store_si256((__m256i*)(q + 32 * i), level);
-            const int16_t low = scales[subs == 16 ? 2 * i : i], high = scales[subs == 16 ? 2 * i + 1 : i];
-            const __m256i factor = _mm256_set_m128i(_mm_set1_epi16(high), _mm_set1_epi16(low));
-            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(ones, level), factor));
+    // Eight numbers of eight rows as whole shares of each row's greatest, which has `top`; what one share is worth. If one
+    // is no number or has no end, neither has that.
+    static __m256 shares(const __m256 (&numbers)[8], int top, __m256i (&out)[8]) {
+        const __m256 no_sign = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff)), most = _mm256_set1_ps(float(top));
+        __m256 greatest = _mm256_setzero_ps(), sum = _mm256_setzero_ps();
+        for (const __m256 v : numbers) {
+            greatest = _mm256_max_ps(_mm256_and_ps(v, no_sign), greatest);
+            sum = _mm256_add_ps(sum, v);
         }
-        alignas(32) int32_t lanes[8], total = 0;
-        _mm256_store_si256((__m256i*)lanes, sum);
-        for (const int32_t lane : lanes) total += lane;
-        return -128 * total;
+        const __m256 some = _mm256_cmp_ps(greatest, _mm256_setzero_ps(), _CMP_GT_OQ);
+        const __m256 inverse = _mm256_and_ps(_mm256_div_ps(most, greatest), some);
+        for (int j = 0; j < 8; j++) out[j] = _mm256_cvtps_epi32(_mm256_mul_ps(numbers[j], inverse));
+        return _mm256_add_ps(_mm256_div_ps(greatest, most), _mm256_mul_ps(_mm256_setzero_ps(), sum));
+    }
+
+    // What activations that are 128 too great add to the sums of centred levels is taken away.
+    void put_base(int first, int i, const __m256i (&q)[8]) {
+        constexpr int sub = Traits<F>::sub, groups = sub / 4;
+        __m256i all = levels_at((const uint8_t*)(base + first));
+        for (int from = 0; from < 8; from += groups) {
+            __m256i bytes = q[from];  // up to 252: they are so few
+            for (int g = from + 1; g < from + groups; g++) bytes = _mm256_add_epi8(bytes, q[g]);
+            const __m256i pairs = _mm256_sub_epi16(_mm256_maddubs_epi16(bytes, _mm256_set1_epi8(1)), _mm256_set1_epi16(centre<F> * sub / 2));
+            const __m256i factor = levels_at((const uint8_t*)scale[(8 * i + from) / groups][first]);
+            all = _mm256_sub_epi32(all, _mm256_slli_epi32(_mm256_madd_epi16(pairs, factor), 7));
+        }
+        store_at(base + first, all);
     }
 };
 
-// The levels of PANEL rows, row after row of CHUNK bytes, into a panel's order.
-template <Format F> inline void put_levels(uint8_t* rows, int, PanelChunk<F>& w) {
-    constexpr int stride = PANEL * 4;
-    if constexpr (way<F> == AS_WIDE) {
-        alignas(64) int16_t wide[8][CHUNK];
-        for (int first = 0; first < PANEL; first += 8) {
-            for (int row = 0; row < 8; row++)
-                for (int i = 0; i < CHUNK; i += 16) {
-                    const __m256i level = _mm256_cvtepi8_epi16(_mm_load_si128((const __m128i*)(rows + (first + row) * CHUNK + i)));
-                    const __m256i share = _mm256_set1_epi16(w.scale[i / 32][first + row][0]);
-                    // 64 times the level, in proportion to the greatest scale.
-                    _mm256_store_si256((__m256i*)(wide[row] + i), _mm256_mulhrs_epi16(_mm256_slli_epi16(level, 7), share));
-                }
-            for (int k = 0; k < CHUNK; k += 16)
-                transpose8((const uint8_t*)&wide[0][k], 2 * CHUNK, w.level[k / 2][first], stride);
-        }
-    } else {
-        for (int first = 0; first < PANEL; first += 8)
-            for (int k = 0; k < CHUNK; k += 32)
-                transpose8(rows + first * CHUNK + k, CHUNK, w.level[k / 4][first], stride);
-    }
-}
-
 inline __m256i four_bytes(const int8_t* x) { return _mm256_set1_epi32(*(const int32_t*)x); }
-inline __m256i levels_at(const uint8_t* p) { return _mm256_load_si256((const __m256i*)p); }
 
 // Sums of pairs over `steps` groups of four weights: MR rows of activations by 16 rows of weights.
 template <Way way, int MR, int steps>

@@ -9,43 +9,42 @@ constexpr int tile_rows_of(Layout layout) { return layout == BY_32 ? 6 : 4; }
 
 inline Layout layout_of_many(int32_t format) { return format >= Q2_K && format <= Q6_K ? BY_256 : BY_32; }
 
+template <Format F> struct PanelLevels {
+    alignas(64) uint8_t level[CHUNK / 4][PANEL][4];
+
+    // Levels 32 i to 32 i + 31 of eight rows; levels with a sign are taken from 128 up.
+    void put_levels(int first, int i, const __m256i (&q)[8]) {
+        const __m256i flip = _mm256_set1_epi8(Traits<F>::bits == 8 ? char(128) : 0);
+        for (int g = 0; g < 8; g++) _mm256_store_si256((__m256i*)level[8 * i + g][first], _mm256_xor_si256(q[g], flip));
+    }
+};
+
 template <Format F, bool = Traits<F>::whole> struct PanelChunk;
 
-template <Format F> struct PanelChunk<F, false> {
-    alignas(64) uint8_t level[CHUNK / 4][PANEL][4];
+template <Format F> struct PanelChunk<F, false> : PanelLevels<F> {
     alignas(64) float scale[8][PANEL], offset[8][PANEL];
 
-    void put(int row, uint8_t*, const FloatScales& s) {
+    void put_scales(int first, const EightFloats& s) {
         for (int j = 0; j < 8; j++) {
-            scale[j][row] = s.scale[j];
-            offset[j][row] = s.offset[j];
+            _mm256_store_ps(scale[j] + first, s.scale[j]);
+            if constexpr (middle<F> == 0) _mm256_store_ps(offset[j] + first, s.offset[j]);
         }
     }
 };
 
-template <Format F> struct PanelChunk<F, true> {
+template <Format F> struct PanelChunk<F, true> : PanelLevels<F> {
     static constexpr int subs = CHUNK / Traits<F>::sub;
-    alignas(64) uint8_t level[CHUNK / 4][PANEL][4];
     alignas(64) float scale[subs][PANEL];
     alignas(64) int16_t min[subs / 2][PANEL][2];  // two sub-blocks side by side
     alignas(64) float d[PANEL], dmin[PANEL];
 
-    void put(int row, uint8_t*, const WholeScales& s) {
-        for (int j = 0; j < subs; j++) scale[j][row] = s.scale[j];
-        for (int j = 0; j < subs; j++) min[j / 2][row][j % 2] = s.min[j];
-        d[row] = s.d;
-        dmin[row] = s.dmin;
+    void put_scales(int first, const EightWholes<F>& s) {
+        for (int j = 0; j < subs; j++) _mm256_store_ps(scale[j] + first, _mm256_cvtepi32_ps(_mm256_srai_epi32(s.scale[j], 16)));
+        for (int j = 0; j < subs / 2; j++) _mm256_store_si256((__m256i*)min[j][first], s.min[j]);
+        _mm256_store_ps(d + first, s.d);
+        _mm256_store_ps(dmin + first, s.dmin);
     }
 };
-
-// The levels of PANEL rows, row after row of CHUNK bytes, into a panel's order.
-template <Format F> inline void put_levels(uint8_t* rows, int count, PanelChunk<F>& w) {
-    if constexpr (Traits<F>::bits == 8)
-        for (int i = 0; i < PANEL * CHUNK; i++) rows[i] ^= 128;
-    for (int first = 0; first < PANEL; first += 8)
-        for (int k = 0; k < count; k += 32)
-            transpose8(rows + first * CHUNK + k, CHUNK, w.level[k / 4][first], PANEL * 4);
-}
 
 inline __m512i four_bytes(const int8_t* x) {
     int32_t v;

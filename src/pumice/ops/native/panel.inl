@@ -11,25 +11,19 @@ inline void tile_of(int rows, const PanelChunk<F>& w, int subs, const TileRows& 
         tile_of<F, MR - 1>(rows, w, subs, x, c);
 }
 
-// A chunk of the rows of a panel that begins at row `first`; rows past the end of the matrix are zeros.
+// A chunk of the rows of a panel that begins at row `first`; past the end of the matrix the last row stands again.
 template <Format F> void fill(PanelChunk<F>& panel, const Matrix& w, int64_t first, int64_t chunk, int count) {
-    alignas(64) uint8_t q[PANEL * CHUNK];
-    const int rows = int(w.rows - first < PANEL ? w.rows - first : PANEL);
-    if (rows < PANEL || count < CHUNK) memset(q, 0, sizeof q);
-    Scales<F> s;
-    for (int row = 0; row < PANEL; row++) {
-        if (row < rows) {
-            const uint8_t* b = w.data + (first + row) * w.row_bytes + chunk * chunk_bytes<F>(CHUNK);
+    constexpr int bytes = int(chunk_bytes<F>(CHUNK));
+    for (int eight = 0; eight < PANEL; eight += 8) {
+        EightRows rows;
+        for (int r = 0; r < 8; r++) {
+            const int64_t row = first + eight + r < w.rows ? first + eight + r : w.rows - 1;
+            rows.row[r] = w.data + row * w.row_bytes + chunk * bytes;
             // The next chunk comes while the tiles meet this one: no CPU foresees so many rows side by side.
-            for (int at = 0; at < int(chunk_bytes<F>(CHUNK)); at += 64) __builtin_prefetch(b + chunk_bytes<F>(CHUNK) + at, 0, 2);
-            read_levels<F>(b, count, q + row * CHUNK);
-            read_scales<F>(b, count, s);
-        } else {
-            s = Scales<F>();
+            for (int at = 0; at < bytes; at += 64) __builtin_prefetch(rows.row[r] + bytes + at, 0, 2);
         }
-        panel.put(row, q + row * CHUNK, s);
+        put_eight<F>(rows, count, eight, panel);
     }
-    put_levels<F>(q, count, panel);
 }
 
 // Rows `first` to `last` of weights, at most TOGETHER panels; `c` has room for TOGETHER * x.m * PANEL sums.
