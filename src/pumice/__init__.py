@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pumice.answer import Answer
+    from pumice.classification import Classification, Labelling
     from pumice.conversion import convert
     from pumice.engine import Limits
     from pumice.engine.form import Form
@@ -14,20 +15,25 @@ if TYPE_CHECKING:
     from pumice.errors import UserError
     from pumice.model import Chat, Model, load
     from pumice.question import Exchange, Question
+    from pumice.tasks.calibration import Calibration, calibrate
     from pumice.tasks.card import Card
     from pumice.tasks.verify import save_values, verify
 
 __all__ = [
     "Answer",
+    "Calibration",
     "Card",
     "Chat",
+    "Classification",
     "Exchange",
     "Form",
+    "Labelling",
     "Limits",
     "Model",
     "Question",
     "Sampling",
     "UserError",
+    "calibrate",
     "convert",
     "load",
     "save_values",
@@ -36,13 +42,17 @@ __all__ = [
 
 _HOMES = {
     "Answer": "pumice.answer",
+    "Calibration": "pumice.tasks.calibration",
     "Card": "pumice.tasks.card",
+    "Classification": "pumice.classification",
     "Exchange": "pumice.question",
     "Form": "pumice.engine.form",
+    "Labelling": "pumice.classification",
     "Limits": "pumice.engine",
     "Question": "pumice.question",
     "Sampling": "pumice.engine.sampling",
     "UserError": "pumice.errors",
+    "calibrate": "pumice.tasks.calibration",
     "convert": "pumice.conversion",
     "save_values": "pumice.tasks.verify",
     "verify": "pumice.tasks.verify",

@@ -17,11 +17,12 @@ from torch import nn
 
 from pumice import checkpoints, ops, prompt, store
 from pumice.answer import Answer, Answering
+from pumice.classification import Classification, Labelling, Labels
 from pumice.config import LlavaConfig
 from pumice.engine import Engine, Limits, Request, Sampling
 from pumice.engine.form import Form
 from pumice.errors import UserError, nearest
-from pumice.image import Prepared, prepare
+from pumice.image import Prepared, blank, open_image, prepare
 from pumice.network.layers import Embedding, Linear, put_matrix
 from pumice.network.llava import Llava
 from pumice.quant import QTensor
@@ -116,6 +117,26 @@ class Model(Prompter):
                 opened.cancel()
         return answers
 
+    def classify(self, image: Images, labels: Labels | Labelling, *, prompt: str | None = None) -> Classification:
+        """How likely each label is for an image: a mapping from the label, the likeliest first, to its probability.
+
+        labels: texts, as the model would answer with them; see `Labels`, and `Labelling` for other choices. prompt:
+        what is asked, instead of which of the labels is shown.
+
+        Raises UserError for what is wrong with the labels, the prompt or the image.
+        """
+        started = time.perf_counter()
+        labelling = Labelling.of(labels, prompt)
+        pictures = [open_image(each) for each in listed(image)]
+        if labelling.prior and not pictures:
+            raise UserError("the prior of a question without a picture was asked for", hint="leave prior out")
+        found = self.log_likelihoods(labelling.question(pictures), labelling.answers)
+        prior = None
+        if labelling.prior:
+            empty = [blank(each, self.eyes()[0]) for each in pictures]
+            prior = self.log_likelihoods(labelling.question(empty), labelling.answers)
+        return labelling.classification(found, prior, time.perf_counter() - started)
+
     def _first(self, under_way: deque[Answering], number: int) -> Answer:
         """The answer of the first, while the others go on."""
         try:
@@ -185,6 +206,18 @@ class Model(Prompter):
             if len(self._grammars) > FORMS:
                 del self._grammars[next(iter(self._grammars))]
         return grammar
+
+    def log_likelihoods(self, question: Question, continuations: Sequence[str]) -> list[list[float]]:
+        """How likely the model is to begin its answer with each of these texts: for each of a text's tokens the natural
+        logarithm of its probability after the whole prompt and the tokens before it, of the scores in float32. An end
+        token is not counted. `written` says how a text becomes tokens, and what is refused.
+        """
+        seen = self.see(question)
+        features, found = self.features(seen.images), []
+        for ids in self.written(question, seen, continuations):
+            scores_TV = self.logits([*seen.encoded.ids, *ids[:-1]], features, len(ids)).log_softmax(-1)
+            found.append(scores_TV[range(len(ids)), ids].tolist())
+        return found
 
     def features(self, images: Sequence[Prepared]) -> list[torch.Tensor]:
         """What the language model gets of each image: (tokens, width), row ends included."""
