@@ -31,7 +31,7 @@ class Length(enum.StrEnum):
     bytes = "bytes"
 
 
-Pictures = Annotated[list[str] | None, typer.Argument(help="Images, each classified by itself.", metavar="[IMAGE]...")]
+Pictures = Annotated[list[str] | None, typer.Argument(help="Images, each classified by itself.", metavar="IMAGE")]
 LabelList = Annotated[str | None, typer.Option("--labels", help="The labels, with commas between them: cat,dog.")]
 LabelFile = Annotated[
     Path | None,
@@ -83,7 +83,7 @@ def classify(
     device: Device = None,
     as_json: AsJsonLines = False,
 ) -> None:
-    """Say which of some labels fits an image, with the probability of each.
+    """Say which label fits an image, and how likely each is.
 
     pumice classify pebble star.png --labels circle,star,ring
     """

@@ -28,10 +28,10 @@ from pumice.tasks.card import read_as
 
 BINS = 15
 """Of the expected calibration error; Guo et al. take so many."""
-LEAST, MOST = 0.01, 100.0
-"""Temperatures. At an end the pictures do not say where the best one is."""
+LEAST, MOST = 1e-3, 1e3
+"""Temperatures that are looked at."""
 ROUNDS = 60
-"""Of the search: each leaves 0.618 of the interval."""
+"""Of the searches: each leaves 0.618 or a half of the interval."""
 MAX_FILE_BYTES = 2**24
 FIELDS = ("image", "label")
 MADE_BY = "pumice classify MODEL --labels ... --calibrate LABELLED.csv --save FILE"
@@ -119,13 +119,13 @@ def calibrate(
     *,
     told: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Calibration:
-    """The labelling with the temperature under which the true labels are likeliest, whatever it was before.
+    """The labelling with the temperature under which the true labels are likeliest (`fitted`), whatever it had.
 
     labelled: a CSV file whose first line is `image,label`, or lines of JSON {"image": …, "label": …}; paths are seen
     from the file's folder. told: hears how far it is.
 
     Raises UserError: the file cannot be read, is empty, names a picture that is not there or a label that the
-    labelling does not have; and where its pictures do not say what the temperature is.
+    labelling does not have; and where the model's scores have nothing to do with the labels.
     """
     examples = list(read_labelled(Path(labelled), labelling.names))
     plain = dataclasses.replace(labelling, temperature=1.0, abstain_below=0.0)
@@ -154,7 +154,16 @@ def nll(scores_NL: Tensor, truth_N: Tensor, temperature: float) -> float:
 
 def fitted(scores_NL: Tensor, truth_N: Tensor) -> float:
     """The temperature with the least `nll`, by golden section over its logarithm: the loss is convex in the inverse
-    temperature, so it has one valley. Raises UserError where the valley's floor lies beyond LEAST or MOST."""
+    temperature, so it has one valley.
+
+    Where the best label is the true one in all N pictures there is none: the lower the temperature, the less the loss.
+    Then it is the one at which the best label's probability is (N + 1) / (N + 2) on average, which is what N right
+    ones of N say about the next (Laplace's rule of succession).
+
+    Raises UserError where the scores have nothing to do with the labels: the higher, the better.
+    """
+    if bool((scores_NL.argmax(-1) == truth_N).all()):
+        return _at_confidence(scores_NL, (len(truth_N) + 1) / (len(truth_N) + 2))
     low, high = math.log(LEAST), math.log(MOST)
     share = (math.sqrt(5) - 1) / 2
     for _ in range(ROUNDS):
@@ -164,17 +173,24 @@ def fitted(scores_NL: Tensor, truth_N: Tensor) -> float:
         else:
             low = left
     temperature = math.exp((low + high) / 2)
-    if temperature < LEAST * 1.01:
-        raise UserError(
-            f"no temperature fits: the model is right about the {len(truth_N)} pictures, and the lower the better",
-            hint="add pictures that it gets wrong, or do without a calibration",
-        )
     if temperature > MOST / 1.01:
         raise UserError(
             f"no temperature fits: on the {len(truth_N)} pictures the model's scores say nothing about the labels",
             hint="check the labels in the file, or ask in other words: --prompt",
         )
     return temperature
+
+
+def _at_confidence(scores_NL: Tensor, share: float) -> float:
+    """The temperature at which the best label's probability is this on average: the higher, the smaller it is."""
+    low, high = math.log(LEAST), math.log(MOST)
+    for _ in range(ROUNDS):
+        middle = (low + high) / 2
+        if float((scores_NL.double() / math.exp(middle)).softmax(-1).amax(-1).mean()) > share:
+            low = middle
+        else:
+            high = middle
+    return math.exp((low + high) / 2)
 
 
 def read_labelled(path: Path, names: Sequence[str]) -> Iterator[tuple[Path, str]]:
