@@ -151,6 +151,16 @@ def test_texts_that_have_no_likelihood(model: Model, texts: list[str], words: st
         model.log_likelihoods(Question("What?"), texts)
 
 
+def test_a_text_whose_tokens_the_weights_do_not_have(model: Model) -> None:
+    """A vocabulary larger than the weights: joined letters lie at its end."""
+    config = dataclasses.replace(model.config, text=dataclasses.replace(model.config.text, vocab=293))
+    small, question = Prompter("small", config, model.tokenizer), Question("ö", raw=True)
+    seen = small.see(question)
+    assert small.written(question, seen, ["ü"])
+    with pytest.raises(UserError, match=r"the answer 'sign' holds token .* has 293"):
+        small.written(question, seen, ["sign"])
+
+
 def test_the_last_position_is_an_answer_s_too(model: Model) -> None:
     question = Question("What?")
     seen = model.see(question)
@@ -244,6 +254,12 @@ def test_pebble_picks_the_colour(pebble: Model, colour: str) -> None:
     found = pebble.classify(disc(COLOURS[colour]), list(COLOURS), prompt=ASKED)
     assert (found.label, next(iter(found))) == (colour, colour)
     assert found[colour] > 0.9
+
+
+def test_why_a_label_is_spelt_with_a_capital_too(pebble: Model) -> None:
+    """pebble was taught to say `Red.` It would never begin with `red`; how the answer goes on does not matter."""
+    small, large = pebble.log_likelihoods(Question(ASKED, disc(COLOURS["red"])), ["red", "Red"])
+    assert sum(small) < -10 < -0.1 < sum(large)
 
 
 def test_pebble_picks_the_shape_without_a_prompt() -> None:

@@ -124,7 +124,7 @@ class Prompter:
                     "behind the prompt, images included",
                     hint="give a shorter one, or send fewer or smaller images",
                 )
-            self._check_known(found[-1])
+            self._check_known(f"the answer {shortened(text)}", found[-1])
         return found
 
     def views(self, question: Question) -> list[list[Image]]:
@@ -184,13 +184,13 @@ class Prompter:
                 f"the prompt is {len(ids)} tokens long, images included; {self.name} has {limit} positions",
                 hint="send fewer or smaller images, fewer turns or less text",
             )
-        self._check_known(ids)
+        self._check_known("the prompt", ids)
 
-    def _check_known(self, ids: Sequence[int]) -> None:
+    def _check_known(self, what: str, ids: Sequence[int]) -> None:
         strange = self.config.strange_id(ids)
         if strange is not None:
             raise UserError(
-                f"the prompt holds token {strange} ({self.tokenizer.token_of(strange)!r}); {self.name} has "
+                f"{what} holds token {strange} ({self.tokenizer.token_of(strange)!r}); {self.name} has "
                 f"{self.config.text.vocab}",
                 hint="give ids of this model's tokenizer; or it and the weights belong to different models",
             )
