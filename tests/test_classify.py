@@ -161,6 +161,15 @@ def test_a_text_whose_tokens_the_weights_do_not_have(model: Model) -> None:
         small.written(question, seen, ["sign"])
 
 
+def test_a_text_that_the_prompt_s_last_token_takes(folders: Callable[[str, str], Path], tmp_path: Path) -> None:
+    """It has no token, so it would be certain."""
+    loaded, tokenizer = pumice.load(folders("1.5", "vicuna")), _phi_like(folders("1.5", "vicuna"), tmp_path / "t")
+    prompter = Prompter("x", dataclasses.replace(loaded.config, template="phi3"), tokenizer)
+    question = Question("What?")
+    with pytest.raises(UserError, match="no token"):
+        prompter.written(question, prompter.see(question), ["cat", "\n "])
+
+
 def test_the_last_position_is_an_answer_s_too(model: Model) -> None:
     question = Question("What?")
     seen = model.see(question)
@@ -231,6 +240,7 @@ def test_a_small_probability_abstains(below: float, label: str | None) -> None:
 def test_a_label_that_cannot_be_and_scores_that_are_none() -> None:
     labelling = Labelling({"a": "a", "b": "b"})
     assert of(labelling, [[-math.inf], [-1.0]]) == {"b": 1.0, "a": 0.0}
+    assert of(dataclasses.replace(labelling, temperature=1e-300), [[-2.0], [-1.0]]) == {"b": 1.0, "a": 0.0}
     for wrong in ([[math.nan], [-1.0]], [[-1.0], [math.nan]], [[-math.inf], [-math.inf]]):
         with pytest.raises(UserError, match="no numbers"):
             of(labelling, wrong)
@@ -336,6 +346,8 @@ def test_labels_that_cannot_be(labels: object, words: str) -> None:
         ({"normalise": "words"}, "normalise is 'words'"),
         ({"prior": 1}, "prior is 1"),
         ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"temperature": 10**400}, "temperature is 1000"),
+        ({"temperature": math.inf}, "temperature is inf"),
         ({"temperature": math.nan}, "temperature is nan"),
         ({"temperature": "1"}, "temperature is '1'"),
         ({"abstain_below": 1.5}, "abstain_below is 1.5"),

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from pumice.checkpoints.fields import is_number
 from pumice.errors import UserError, shortened
 from pumice.question import Images, Question
 
@@ -61,11 +62,11 @@ class Labelling:
             raise UserError(f"normalise is {self.normalise!r:.100}", hint="give none, tokens or bytes")
         if not isinstance(self.prior, bool):
             raise UserError(f"prior is {self.prior!r:.100}", hint="give true or false")
-        if not _is_number(self.temperature) or not 0 < self.temperature < math.inf:
+        if not is_number(self.temperature) or self.temperature <= 0:
             raise UserError(
                 f"temperature is {self.temperature!r:.100}", hint="give a number above 0; 1 changes nothing"
             )
-        if not _is_number(self.abstain_below) or not 0 <= self.abstain_below <= 1:
+        if not is_number(self.abstain_below) or not 0 <= self.abstain_below <= 1:
             raise UserError(
                 f"abstain_below is {self.abstain_below!r:.100}",
                 hint="give a probability from 0 to 1: below it no label is chosen",
@@ -74,8 +75,8 @@ class Labelling:
     @classmethod
     def of(cls, labels: Labels | Labelling, prompt: str | None = None) -> Labelling:
         """A labelling as it stands, or one of these labels."""
-        if not isinstance(labels, cls):
-            return cls(labels, prompt)  # type: ignore[arg-type]
+        if not isinstance(labels, Labelling):
+            return cls(labels, prompt)
         if prompt is not None:
             raise UserError(
                 f"the prompt {shortened(prompt)} came with a labelling, which has its own",
@@ -111,7 +112,8 @@ class Labelling:
         return f"What is shown in this image: {', '.join(others)} or {last}?"
 
     def classification(self, found: Scores, prior: Scores | None, seconds: float) -> Classification:
-        """What comes of the log-probabilities of the tokens of `answers`; `prior`: of the same without a picture.
+        """What comes of the log-probabilities of the tokens of `answers`; `prior`: of the same where the picture shows
+        nothing.
 
         Raises UserError for log-probabilities that are no numbers.
         """
@@ -120,12 +122,13 @@ class Labelling:
         for name, answers in self._of_each.items():
             here = slice(start, start := start + len(answers))
             rows.append(self._scored(name, answers, found[here], None if prior is None else prior[here]))
-        if any(math.isnan(each.score) for each in rows) or not math.isfinite(max(each.score for each in rows)):
+        best = max(each.score for each in rows)
+        if any(math.isnan(each.score) for each in rows) or not math.isfinite(best):
             raise UserError(
                 "the model's scores are no numbers, so no label can be chosen",
                 hint="its weights are damaged, or need a wider type: load it with dtype float32",
             )
-        exponents = [each.score / self.temperature for each in rows]
+        exponents = [(each.score - best) / self.temperature for each in rows]  # no larger than 0, and one is 0
         total = _log_sum(exponents)
         rows = [
             dataclasses.replace(each, probability=math.exp(exponent - total)) for each, exponent in zip(rows, exponents)
@@ -136,10 +139,8 @@ class Labelling:
 
     def _scored(self, name: str, answers: Sequence[str], found: Scores, prior: Scores | None) -> Scored:
         likelihoods = [math.fsum(each) for each in found]
-        likelihood, empty = (
-            _log_sum(likelihoods),
-            None if prior is None else _log_sum([math.fsum(each) for each in prior]),
-        )
+        likelihood = _log_sum(likelihoods)
+        empty = None if prior is None else _log_sum([math.fsum(each) for each in prior])
         best = max(range(len(answers)), key=likelihoods.__getitem__)
         tokens = len(found[best])
         length = {"none": 1, "tokens": tokens, "bytes": len(answers[best].encode())}[self.normalise]
@@ -185,10 +186,6 @@ class Classification(Mapping[str, float]):
 
     def __len__(self) -> int:
         return len(self.scored)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _log_sum(logs: Sequence[float]) -> float:

@@ -118,6 +118,8 @@ class Prompter:
             both = ids([*tail, Part("text", space + text)])
             joined = both[: len(before)] != before
             found.append(self.tokenizer.continued(space + text) if joined else both[len(before) :])
+            if not found[-1]:
+                raise UserError(f"the answer {shortened(text)} has no token behind the prompt", hint="give another")
             if len(found[-1]) > room:
                 raise UserError(
                     f"the answer {shortened(text)} is {len(found[-1])} tokens long; {self.name} has {room} positions "

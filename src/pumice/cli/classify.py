@@ -124,6 +124,8 @@ def _check_mode(images: list[str], calibration: Path | None, calibrate: Path | N
             "--calibrate came with images or with --calibration",
             hint="calibrate first, then classify with what was saved",
         )
+    if save is not None and not save.parent.is_dir():
+        raise UserError(f"{save} cannot be written: {save.parent} is no folder", hint="name another place")
     if calibrate is None and not images:
         raise UserError("there is no image", hint="name one: pumice classify MODEL photo.jpg --labels cat,dog")
 

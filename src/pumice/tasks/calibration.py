@@ -132,10 +132,11 @@ def calibrate(
     scores: list[list[float]] = []
     for done, (image, _) in enumerate(examples):
         told("classifying", done, len(examples))
-        of = {each.label: each.score for each in model.classify(image, plain).scored}
-        scores.append([of[name] for name in labelling.names])
+        score_of = {each.label: each.score for each in model.classify(image, plain).scored}
+        scores.append([score_of[name] for name in labelling.names])
     scores_NL = torch.tensor(scores, dtype=torch.float64)
-    truth_N = torch.tensor([labelling.names.index(label) for _, label in examples])
+    places = {name: place for place, name in enumerate(labelling.names)}
+    truth_N = torch.tensor([places[label] for _, label in examples])
     temperature = fitted(scores_NL, truth_N)
     return Calibration(
         labelling=dataclasses.replace(labelling, temperature=temperature),
