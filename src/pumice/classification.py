@@ -1,7 +1,7 @@
 """Which of some labels fits a picture: how likely the model is to answer with each, and what is made of that.
 
-Nothing here runs a network: a `Labelling` says what is asked and which answers are scored, and turns their
-log-probabilities into a `Classification`. Sources:
+A `Labelling` says what is asked and which answers are scored, and turns their log-probabilities into a `Classification`;
+`classified` asks a model for them. Sources:
 - the answers of a label: verbalisers, Schick and Schuetze 2021 (arXiv 2001.07676);
 - the prior: domain conditional PMI, Holtzman et al. 2021 (arXiv 2104.08315), with an input without content in the place
   of their premise, as Zhao et al. 2021 (arXiv 2102.09690) have it, which here is a picture of one colour;
@@ -13,13 +13,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pumice.checkpoints.fields import is_number
 from pumice.errors import UserError, shortened
-from pumice.question import Images, Question
+from pumice.image import blank, open_image
+from pumice.question import Images, Question, listed
+
+if TYPE_CHECKING:
+    from pumice.model import Model
 
 MAX_LABELS = 10_000
 MAX_CHARACTERS = 2**18
@@ -32,6 +37,20 @@ Labels = Sequence[str] | Mapping[str, str | Sequence[str]]
 label: the one answer, or the several answers, that mean it, scored as they stand."""
 Scores = Sequence[Sequence[float]]
 """For each answer the log-probabilities of its tokens."""
+
+
+def classified(model: Model, image: Images, labelling: Labelling) -> Classification:
+    """What a model makes of an image under a labelling. Raises UserError for what is wrong with the labels, the prompt or
+    the image."""
+    started = time.perf_counter()
+    pictures = [open_image(each) for each in listed(image)]
+    if labelling.prior and not pictures:
+        raise UserError("the prior of a question without a picture was asked for", hint="leave prior out")
+    found, prior = model.log_likelihoods(labelling.question(pictures), labelling.answers), None
+    if labelling.prior:
+        empty = [blank(each, model.eyes()[0]) for each in pictures]
+        prior = model.log_likelihoods(labelling.question(empty), labelling.answers)
+    return labelling.classification(found, prior, time.perf_counter() - started)
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from torch import nn
 
 from pumice import checkpoints, ops, prompt, store
 from pumice.answer import Answer, Answering
-from pumice.classification import Classification, Labelling, Labels
+from pumice.classification import Classification, Labelling, Labels, classified
 from pumice.config import LlavaConfig
 from pumice.engine import Engine, Limits, Request, Sampling
 from pumice.engine.form import Form
 from pumice.errors import UserError, nearest
-from pumice.image import Prepared, blank, open_image, prepare
+from pumice.image import Prepared, prepare
 from pumice.network.layers import Embedding, Linear, put_matrix
 from pumice.network.llava import Llava
 from pumice.quant import QTensor
@@ -125,17 +125,7 @@ class Model(Prompter):
 
         Raises UserError for what is wrong with the labels, the prompt or the image.
         """
-        started = time.perf_counter()
-        labelling = Labelling.of(labels, prompt)
-        pictures = [open_image(each) for each in listed(image)]
-        if labelling.prior and not pictures:
-            raise UserError("the prior of a question without a picture was asked for", hint="leave prior out")
-        found = self.log_likelihoods(labelling.question(pictures), labelling.answers)
-        prior = None
-        if labelling.prior:
-            empty = [blank(each, self.eyes()[0]) for each in pictures]
-            prior = self.log_likelihoods(labelling.question(empty), labelling.answers)
-        return labelling.classification(found, prior, time.perf_counter() - started)
+        return classified(self, image, Labelling.of(labels, prompt))
 
     def _first(self, under_way: deque[Answering], number: int) -> Answer:
         """The answer of the first, while the others go on."""
