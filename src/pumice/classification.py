@@ -1,7 +1,7 @@
 """Which of some labels fits a picture: how likely the model is to answer with each, and what is made of that.
 
-A `Labelling` says what is asked and which answers are scored, and turns their log-probabilities into a `Classification`;
-`classified` asks a model for them. Sources:
+A `Labelling` says what is asked and which answers are scored, and turns their log-probabilities into a
+`Classification`; `classified` asks a model for them. Sources:
 - the answers of a label: verbalisers, Schick and Schuetze 2021 (arXiv 2001.07676);
 - the prior: domain conditional PMI, Holtzman et al. 2021 (arXiv 2104.08315), with an input without content in the place
   of their premise, as Zhao et al. 2021 (arXiv 2102.09690) have it, which here is a picture of one colour;
@@ -40,8 +40,7 @@ Scores = Sequence[Sequence[float]]
 
 
 def classified(model: Model, image: Images, labelling: Labelling) -> Classification:
-    """What a model makes of an image under a labelling. Raises UserError for what is wrong with the labels, the prompt or
-    the image."""
+    """What a model makes of an image. Raises UserError for what is wrong with the labels, the prompt or the image."""
     started = time.perf_counter()
     pictures = [open_image(each) for each in listed(image)]
     if labelling.prior and not pictures:

@@ -117,16 +117,6 @@ class Model(Prompter):
                 opened.cancel()
         return answers
 
-    def classify(self, image: Images, labels: Labels | Labelling, *, prompt: str | None = None) -> Classification:
-        """How likely each label is for an image: a mapping from the label, the likeliest first, to its probability.
-
-        labels: texts, as the model would answer with them; see `Labels`, and `Labelling` for other choices. prompt:
-        what is asked, instead of which of the labels is shown.
-
-        Raises UserError for what is wrong with the labels, the prompt or the image.
-        """
-        return classified(self, image, Labelling.of(labels, prompt))
-
     def _first(self, under_way: deque[Answering], number: int) -> Answer:
         """The answer of the first, while the others go on."""
         try:
@@ -196,6 +186,16 @@ class Model(Prompter):
             if len(self._grammars) > FORMS:
                 del self._grammars[next(iter(self._grammars))]
         return grammar
+
+    def classify(self, image: Images, labels: Labels | Labelling, *, prompt: str | None = None) -> Classification:
+        """How likely each label is for an image: a mapping from the label, the likeliest first, to its probability.
+
+        labels: texts, as the model would answer with them; see `Labels`, and `Labelling` for other choices. prompt:
+        what is asked, instead of which of the labels is shown.
+
+        Raises UserError for what is wrong with the labels, the prompt or the image.
+        """
+        return classified(self, image, Labelling.of(labels, prompt))
 
     def log_likelihoods(self, question: Question, continuations: Sequence[str]) -> list[list[float]]:
         """How likely the model is to begin its answer with each of these texts: for each of a text's tokens the natural
