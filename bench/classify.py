@@ -1,6 +1,6 @@
 """How often labels are right, and how far their probabilities can be trusted, on pictures that pebble/ draws.
 
-    python bench/classify.py [--model pebble:1.5] [--pictures 300] [--threads 2] [--write]
+    python bench/classify.py [--models pebble pebble:1.5] [--pictures 300] [--threads 2] [--write]
 
 Prints two tables; --write puts them into docs/classify.md between their marks. Each picture is asked about once, and
 once more painted over in one colour; what the choices make of that is computed. A third of the pictures are those that
@@ -44,6 +44,8 @@ CHOICES = {
     "less the prior": {"prior": True},
     "less the prior, a token": {"prior": True, "normalise": "tokens"},
 }
+TRUSTED = ("as it is", "a token", "less the prior")
+"""Those whose temperature is shown."""
 
 
 @dataclass(frozen=True)
@@ -57,31 +59,32 @@ class Task:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="pebble:1.5")
+    parser.add_argument("--models", nargs="+", default=["pebble", "pebble:1.5"])
     parser.add_argument("--pictures", type=int, default=300)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--write", action="store_true")
     chosen = parser.parse_args()
     use_threads(chosen.threads)
-    model = pumice.load(chosen.model, dtype="float32")
     right, trust = [], []
-    for task in tasks(chosen.pictures):
-        scores = {name: torch.tensor(each) for name, each in by_choice(model, task).items()}
-        truth_N = torch.tensor([task.labelling.names.index(label) for _, label in task.pictures])
-        right.append(accuracy(task, scores, truth_N))
-        trust += [calibrated(task.name, name, each, truth_N) for name, each in scores.items()]
-        print(task.name, file=sys.stderr)
+    for name in chosen.models:
+        model = pumice.load(name, dtype="float32")
+        for task in tasks(chosen.pictures):
+            scores = {choice: torch.tensor(each) for choice, each in by_choice(model, task).items()}
+            truth_N = torch.tensor([task.labelling.names.index(label) for _, label in task.pictures])
+            right.append([name, *accuracy(task, scores, truth_N)])
+            trust += [[name, *calibrated(task.name, choice, scores[choice], truth_N)] for choice in TRUSTED]
+            print(name, task.name, file=sys.stderr)
     fitted_to = chosen.pictures // 3
     shown = {
         "right": [
-            f"{chosen.model}, {chosen.pictures - fitted_to} pictures a task.",
+            f"Shares of right labels, {chosen.pictures - fitted_to} pictures a task.",
             "",
-            *_table(["task", "labels", *CHOICES, "95 % of the first"], right),
+            *_table(["model", "task", "labels", *CHOICES, "95 % of the first"], right),
         ],
         "trust": [
             f"The same pictures; the temperature fitted to {fitted_to} others.",
             "",
-            *_table(["task", "score", "temperature", "NLL before", "after", "ECE before", "after"], trust),
+            *_table(["model", "task", "score", "temperature", "NLL before", "after", "ECE before", "after"], trust),
         ],
     }
     for part, lines in shown.items():
