@@ -1,6 +1,6 @@
 """How often labels are right, and how far their probabilities can be trusted, on pictures that pebble/ draws.
 
-    python bench/classify.py [--models pebble pebble:1.5] [--pictures 300] [--threads 2] [--write]
+    python bench/classify.py [--models pebble:1.5] [--pictures 300] [--threads 2] [--write]
 
 Prints two tables; --write puts them into docs/classify.md between their marks. Each picture is asked about once, and
 once more painted over in one colour; what the choices make of that is computed. A third of the pictures are those that
@@ -59,7 +59,7 @@ class Task:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["pebble", "pebble:1.5"])
+    parser.add_argument("--models", nargs="+", default=["pebble:1.5"])
     parser.add_argument("--pictures", type=int, default=300)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--write", action="store_true")
