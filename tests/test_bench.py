@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 CPU = BENCH / "cpu.py"
 
@@ -46,3 +48,27 @@ def test_the_table_of_image_tokens_has_a_row_for_each_limit(tmp_path: Path) -> N
     ]  # fmt: skip
     assert all(float(cell) >= 0 for row in rows for cell in row[4:])
     assert [row[6:] for row in rows if row[1] in ("576", "2928")] == [["1.00", "1.00"]] * 2
+
+
+def test_the_tables_of_labels_have_a_row_for_each_task() -> None:
+    if not (
+        Path("/usr/share/fonts/truetype/liberation").is_dir() and Path("/usr/share/dict/american-english").exists()
+    ):
+        pytest.skip("drawing needs fonts-liberation, fonts-dejavu-core and wamerican")
+    command = [
+        sys.executable,
+        str(BENCH / "classify.py"),
+        "--models",
+        "pebble:1.5",
+        "--pictures",
+        "3",
+        "--threads",
+        "1",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    right, trust = (table.splitlines() for table in done.stdout.split("\n\n")[1::2])
+    assert (len(right), len(trust)) == (2 + 6, 2 + 6 * 3)
+    for row in right[2:]:
+        cells = row.strip("| ").split(" | ")
+        assert all(cell in ("0.00", "0.50", "1.00") for cell in cells[3:8]), "shares of two pictures"

@@ -21,7 +21,7 @@ ROWS = {
     "ops": 2, "quant": 2, "packing": 2,
     "network": 3, "checkpoints": 3, "store": 3,
     "engine": 4, "room": 4,
-    "question": 5, "answer": 5, "conversation": 5, "model": 5,
+    "question": 5, "answer": 5, "classification": 5, "conversation": 5, "model": 5,
     "train": 6, "tasks": 6, "conversion": 6,
     "cli": 7,
 }  # fmt: skip
@@ -29,8 +29,8 @@ WITHIN_A_ROW = {
     ("image", "config"), ("image", "picture"), ("picture", "config"), ("decoding", "sentencepiece"),
     ("prompt", "config"), ("tokenizer", "prompt"), ("tokenizer", "decoding"),
     ("tokenizer", "sentencepiece"), ("tokenizer", "special_tokens"), ("store", "checkpoints"),
-    ("model", "question"), ("model", "answer"), ("model", "conversation"), ("answer", "question"),
-    ("conversation", "answer"), ("conversation", "question"),
+    ("model", "question"), ("model", "answer"), ("model", "classification"), ("model", "conversation"),
+    ("answer", "question"), ("conversation", "answer"), ("conversation", "question"), ("classification", "question"),
     ("ops", "quant"), ("ops", "packing"), ("packing", "quant"),
 }  # fmt: skip
 """Imports inside one row that are allowed; a folder's own files are always free to import each other."""
@@ -164,8 +164,8 @@ def test_public_names() -> None:
     import pumice
 
     assert sorted(pumice.__all__) == [
-        "Answer", "Card", "Chat", "Exchange", "Form", "Limits", "Model", "Question", "Sampling", "UserError", "convert",
-        "load", "save_values", "verify",
+        "Answer", "Calibration", "Card", "Chat", "Classification", "Exchange", "Form", "Labelling", "Limits", "Model",
+        "Question", "Sampling", "UserError", "calibrate", "convert", "load", "save_values", "verify",
     ]  # fmt: skip
     for name in pumice.__all__:
         assert getattr(pumice, name).__doc__, name

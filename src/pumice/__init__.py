@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pumice.answer import Answer
+    from pumice.classification import Classification, Labelling
     from pumice.conversation import Chat
     from pumice.conversion import convert
     from pumice.engine import Limits
@@ -15,20 +16,25 @@ if TYPE_CHECKING:
     from pumice.errors import UserError
     from pumice.model import Model, load
     from pumice.question import Exchange, Question
+    from pumice.tasks.calibration import Calibration, calibrate
     from pumice.tasks.card import Card
     from pumice.tasks.verify import save_values, verify
 
 __all__ = [
     "Answer",
+    "Calibration",
     "Card",
     "Chat",
+    "Classification",
     "Exchange",
     "Form",
+    "Labelling",
     "Limits",
     "Model",
     "Question",
     "Sampling",
     "UserError",
+    "calibrate",
     "convert",
     "load",
     "save_values",
@@ -37,14 +43,18 @@ __all__ = [
 
 _HOMES = {
     "Answer": "pumice.answer",
+    "Calibration": "pumice.tasks.calibration",
     "Card": "pumice.tasks.card",
     "Chat": "pumice.conversation",
+    "Classification": "pumice.classification",
     "Exchange": "pumice.question",
     "Form": "pumice.engine.form",
+    "Labelling": "pumice.classification",
     "Limits": "pumice.engine",
     "Question": "pumice.question",
     "Sampling": "pumice.engine.sampling",
     "UserError": "pumice.errors",
+    "calibrate": "pumice.tasks.calibration",
     "convert": "pumice.conversion",
     "save_values": "pumice.tasks.verify",
     "verify": "pumice.tasks.verify",

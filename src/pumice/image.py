@@ -19,7 +19,7 @@ from pumice.config import ImageConfig, Size, VisionConfig
 from pumice.errors import UserError
 from pumice.picture import MAX_PIXELS, ImageLike, open_image
 
-__all__ = ["Grid", "ImageLike", "Prepared", "drawn", "grid_for", "open_image", "prepare", "tile_pictures"]
+__all__ = ["Grid", "ImageLike", "Prepared", "blank", "drawn", "grid_for", "open_image", "prepare", "tile_pictures"]
 
 MAX_STRIP_PIXELS = 4 * MAX_PIXELS
 """Of the part of a padded square that holds the picture. It is never in memory at once, but its time is spent."""
@@ -111,6 +111,12 @@ def prepare(source: ImageLike, image: ImageConfig, vision: VisionConfig, most: i
 def drawn(bytes_YXC: NDArray[np.uint8]) -> Image.Image:
     """A picture from its 8-bit RGB values, (height, width, 3)."""
     return Image.fromarray(np.ascontiguousarray(bytes_YXC))
+
+
+def blank(picture: Image.Image, image: ImageConfig) -> Image.Image:
+    """A picture of the same size that shows nothing: all of it in the colour that LLaVA 1.5 pads with, near zero for
+    the tower."""
+    return Image.new("RGB", picture.size, _mean_colour(image))
 
 
 def tile_pictures(
@@ -247,7 +253,7 @@ def _squared(upright: Image.Image, size: Size, image: ImageConfig) -> Image.Imag
     side, height = max(upright.size), upright.height
     if side * height > MAX_STRIP_PIXELS or side * size[1] > MAX_PIXELS:
         raise _too_long(upright, side * max(height, size[1]))
-    colour = tuple(int(mean * 255) for mean in image.mean)
+    colour = _mean_colour(image)
     left, top = (side - upright.width) // 2, (side - height) // 2
     narrow = Image.new("RGB", (size[1], side), colour)
     step = max(1, 2**22 // side)
@@ -257,6 +263,11 @@ def _squared(upright: Image.Image, size: Size, image: ImageConfig) -> Image.Imag
         strip.paste(upright.crop((0, y, upright.width, y + rows)), (left, 0))
         narrow.paste(_resized(strip, (rows, size[1]), image.resample), (0, top + y))
     return _resized(narrow, size, image.resample)
+
+
+def _mean_colour(image: ImageConfig) -> tuple[int, int, int]:
+    red, green, blue = (int(mean * 255) for mean in image.mean)
+    return red, green, blue
 
 
 def _resized(picture: Image.Image, size: Size, resample: int) -> Image.Image:

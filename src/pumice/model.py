@@ -17,6 +17,7 @@ from torch import nn
 
 from pumice import checkpoints, ops, prompt, store
 from pumice.answer import Answer, Answering
+from pumice.classification import Classification, Labelling, Labels, classified
 from pumice.config import LlavaConfig
 from pumice.conversation import Chat, Stream
 from pumice.engine import Engine, Limits, Request, Sampling
@@ -212,6 +213,27 @@ class Model(Prompter):
             if len(self._grammars) > FORMS:
                 del self._grammars[next(iter(self._grammars))]
         return grammar
+
+    def classify(self, image: Images, labels: Labels | Labelling, *, prompt: str | None = None) -> Classification:
+        """How likely each label is for an image: a mapping from the label, the likeliest first, to its probability.
+
+        labels: texts, as the model would answer with them; see `Labels`, and `Labelling` for other choices. prompt:
+        what is asked, instead of which of the labels is shown.
+
+        Raises UserError for what is wrong with the labels, the prompt or the image.
+        """
+        return classified(self, image, Labelling.of(labels, prompt))
+
+    def log_likelihoods(self, question: Question, continuations: Sequence[str]) -> list[list[float]]:
+        """How likely the model is to begin its answer with each of these texts: for each of a text's tokens the natural
+        logarithm of its probability after the whole prompt and the tokens before it, of the scores in float32. An end
+        token is not counted. `written` says how a text becomes tokens, and what is refused.
+        """
+        seen = self.see(question)
+        return self.engine.likelihoods(
+            Request([*seen.encoded.ids, *ids[:-1]], seen.images, Sampling(), targets=tuple(ids))
+            for ids in self.written(question, seen, continuations)
+        )
 
     def features(self, images: Sequence[Prepared]) -> list[torch.Tensor]:
         """What the language model gets of each image: (tokens, width), row ends included."""

@@ -97,6 +97,12 @@ class Template:
     stop: tuple[str, ...] = ()
     """Strings that end an answer though they are ordinary text."""
 
+    @property
+    def answer_space(self) -> str:
+        """What a model writes in front of an answer's words: a space where the answers that it learned from have one.
+        The line end of `hf_llama3` is none that a model learned: its template is not the one of the training."""
+        return " " if self.answer.startswith(" ") else ""
+
 
 def _assistant(who: str) -> str:
     return (

@@ -11,7 +11,7 @@ from pumice import prompt
 from pumice.config import ImageConfig, LlavaConfig, VisionConfig
 from pumice.engine.form import Form
 from pumice.engine.sampling import Sampling
-from pumice.errors import UserError
+from pumice.errors import UserError, shortened
 from pumice.image import ImageLike, Prepared, prepare, tile_pictures
 from pumice.prompt import Message, Part
 from pumice.tokenizer import Encoded, Tokenizer
@@ -91,6 +91,44 @@ class Prompter:
         self.check_ids(encoded.ids)
         return Seen(parts, encoded, images)
 
+    def written(self, question: Question, seen: Seen, texts: Sequence[str]) -> list[list[int]]:
+        """The ids with which the model would begin its answer to a question if it wrote each of these texts; no end
+        token. `seen` is what `see` gives for the question.
+
+        A text is cut into tokens together with the prompt's last words, as in training, with the template's space in
+        front; behind a raw prompt it stands as it is. Where the tokenizer would join the two into one token, the text
+        is cut by itself.
+
+        Raises UserError for what is no text, one that has no token, and one that has no room behind the prompt.
+        """
+        encode = self.tokenizer.encode_raw if question.raw else self.tokenizer.encode
+        space = "" if question.raw else prompt.TEMPLATES[self.config.template].answer_space
+        cuts = [place for place, part in enumerate(seen.parts) if part.kind != "text"]
+        tail = seen.parts[cuts[-1] if cuts else 0 :]  # tokens never reach across a special token or an image
+        images = [1] * sum(part.kind == "image" for part in tail)
+
+        def ids(parts: Sequence[Part]) -> list[int]:
+            return encode(parts, images, image_id=self.config.image_token_id).ids
+
+        before, room = ids(tail), self.config.text.max_positions - len(seen.encoded.ids)
+        found = []
+        for text in texts:
+            if not isinstance(text, str) or not text:
+                raise UserError(f"an answer to be scored is {text!r:.100}", hint="give a text that is not empty")
+            both = ids([*tail, Part("text", space + text)])
+            joined = both[: len(before)] != before
+            found.append(self.tokenizer.continued(space + text) if joined else both[len(before) :])
+            if not found[-1]:
+                raise UserError(f"the answer {shortened(text)} has no token behind the prompt", hint="give another")
+            if len(found[-1]) > room:
+                raise UserError(
+                    f"the answer {shortened(text)} is {len(found[-1])} tokens long; {self.name} has {room} positions "
+                    "behind the prompt, images included",
+                    hint="give a shorter one, or send fewer or smaller images",
+                )
+            self._check_known(f"the answer {shortened(text)}", found[-1])
+        return found
+
     def views(self, question: Question) -> list[list[Image]]:
         """The pictures behind the pixels of a question's own images, as the tower sees them: for each its base view,
         then its tiles."""
@@ -148,10 +186,13 @@ class Prompter:
                 f"the prompt is {len(ids)} tokens long, images included; {self.name} has {limit} positions",
                 hint="send fewer or smaller images, fewer turns or less text",
             )
+        self._check_known("the prompt", ids)
+
+    def _check_known(self, what: str, ids: Sequence[int]) -> None:
         strange = self.config.strange_id(ids)
         if strange is not None:
             raise UserError(
-                f"the prompt holds token {strange} ({self.tokenizer.token_of(strange)!r}); {self.name} has "
+                f"{what} holds token {strange} ({self.tokenizer.token_of(strange)!r}); {self.name} has "
                 f"{self.config.text.vocab}",
                 hint="give ids of this model's tokenizer; or it and the weights belong to different models",
             )

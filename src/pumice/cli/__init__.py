@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pumice.cli import convert, llava_cli, llava_flags, look, plan, run, verify
+from pumice.cli import classify, convert, llava_cli, llava_flags, look, plan, run, verify
 from pumice.cli.terminal import prepare_streams, print_error
 from pumice.errors import UserError
 
@@ -47,6 +47,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 a bug of ours or bounds not met, 2 something given was wrong, 130 stopped by you.",
 )
 app.command("run")(guarded(run.run))
+app.command("classify")(guarded(classify.classify))
 app.command("show")(guarded(look.show))
 app.command("prompt")(guarded(look.prompt))
 app.command("plan")(guarded(plan.plan))
