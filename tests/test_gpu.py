@@ -1,4 +1,4 @@
-"""Triton's kernels agree with the definitions: on the GPU where there is one, else by Triton's interpreter on the CPU."""
+"""Triton's kernels agree with the definitions: on a GPU where there is one, else by Triton's interpreter on the CPU."""
 
 from __future__ import annotations
 
