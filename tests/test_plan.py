@@ -22,6 +22,7 @@ from pumice.conversion import Choices
 from pumice.engine import Engine, position_bytes
 from pumice.image import prepare
 from pumice.model import DTYPES, Model, Source, load_from
+from pumice.network.placement import Placement
 from pumice.quant import QTensor
 from pumice.room import memory as system
 from pumice.room.fitting import Machine, advice, check, judged, verdict, ways
@@ -275,15 +276,15 @@ def test_a_model_is_refused_where_it_is_hopeless_and_only_there(builds: dict[str
         checkpoint = Source(builds[name]).checkpoint()
         needs = of(builds[name]).needs(*least(checkpoint.config))
         assert needs.own < needs.total
-        check(checkpoint, None, CPU, Pretended(Memory(needs.total, needs.own)))
-        check(checkpoint, None, CPU, Pretended(None))
+        check(checkpoint, None, Placement(CPU), Pretended(Memory(needs.total, needs.own)))
+        check(checkpoint, None, Placement(CPU), Pretended(None))
         for memory in (Memory(needs.total - 1, needs.total - 1), Memory(needs.total, needs.own - 1)):
             with pytest.raises(UserError, match=re.escape(shown(needs.total))):
-                check(checkpoint, None, CPU, Pretended(memory))
+                check(checkpoint, None, Placement(CPU), Pretended(memory))
         on_gpu = of(builds[name], device=CUDA).needs(*least(checkpoint.config))
-        check(checkpoint, None, CUDA, Pretended(None, free(on_gpu.total)))
+        check(checkpoint, None, Placement(CUDA), Pretended(None, free(on_gpu.total)))
         with pytest.raises(UserError, match="the device cuda has"):
-            check(checkpoint, None, CUDA, Pretended(None, free(on_gpu.total - 1)))
+            check(checkpoint, None, Placement(CUDA), Pretended(None, free(on_gpu.total - 1)))
 
 
 def test_a_model_without_room_for_a_picture_is_loaded(builds: dict[str, Path]) -> None:
@@ -303,7 +304,7 @@ def test_a_model_that_was_dropped_makes_room(builds: dict[str, Path]) -> None:
             self.asked += 1
             return free(0) if self.asked == 1 else free(10**12)
 
-    check(Source(builds["hf"]).checkpoint(), None, CPU, emptied := Emptied())
+    check(Source(builds["hf"]).checkpoint(), None, Placement(CPU), emptied := Emptied())
     assert emptied.asked == 2
 
 

@@ -143,7 +143,7 @@ HONOURED = (
         "-ngl, --gpu-layers, --n-gpu-layers",
         "gpu_layers",
         _layers,
-        "0 keeps the model on the CPU; others use a GPU.",
+        "Layers on the GPU: the head, then the last blocks; without it all.",
         "N",
     ),
     Honoured("-t, --threads", "threads", _whole(-1, MAX_THREADS), "Threads of the CPU.", "N"),

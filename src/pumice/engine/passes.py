@@ -57,10 +57,10 @@ class Passes:
         config = network.config.text
         shape = (pages, config.kv_heads, size, config.head_width)
         self.keys, self.values = (
-            [torch.empty(shape, dtype=cache_type(network), device=self._device) for _ in range(config.layers)]
+            [torch.empty(shape, dtype=cache_type(network), device=place) for place in network.language_model.devices]
             for _ in range(2)
         )
-        graphs = ops.captures(network.like)
+        graphs = ops.captures(network.like) and not network.language_model.border
         self._forward = Graphs(network, self.keys, self.values) if graphs else network
 
     @property
