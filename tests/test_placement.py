@@ -6,6 +6,7 @@ Without a second device both parts lie on the CPU, or one where there are no num
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,11 +16,12 @@ from torch.testing import assert_close
 
 import pumice
 import tiny
-from pumice import Model, Sampling, UserError
+from pumice import Model, Sampling, UserError, ops
 from pumice.model import Source, assembled, load_from
 from pumice.network.llama import Batch
 from pumice.network.placement import CPU, Placement
 from pumice.ops import Pages
+from pumice.ops.pages import LayerPages
 from pumice.quant import QTensor
 
 META = torch.device("meta")
@@ -130,6 +132,37 @@ def test_answers_of_two_parts(files: dict[str, Path], kind: str) -> None:
     picture = Image.effect_noise((60, 45), 90).convert("RGB")
     answers = [each.ask("What is shown?", picture, sampling=Sampling(max_tokens=8)) for each in (whole, parted)]
     assert answers[0].tokens == answers[1].tokens
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("gpu_layers", [1, 2, 3, 4])
+def test_nothing_stays_behind_at_the_border(
+    files: dict[str, Path], gpu_layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU's side is on `meta`, where PyTorch refuses to add and multiply with what lies elsewhere."""
+
+    def attended(q: Tensor, pages: LayerPages, positions: Tensor, window: int | None) -> Tensor:
+        assert {each.device for each in (q, pages.keys, pages.values, pages.table_RP, positions)} == {META}
+        return torch.empty_like(q)
+
+    monkeypatch.setattr(
+        ops, "_by_triton", lambda x: SimpleNamespace(attention_in_pages=attended) if x.is_meta else None
+    )
+    checkpoint = Source(files["plain"]).checkpoint()
+    network = assembled(checkpoint.tensors, checkpoint.config, None, Placement.of_layers(META, 3, gpu_layers))
+    text, start = checkpoint.config.text, network.like.device
+    shape = (8, text.kv_heads, 4, text.head_width)
+    keys, values = ([torch.zeros(shape, device=each) for each in network.language_model.devices] for _ in range(2))
+    positions = torch.tensor([[2], [6]], device=start)
+    pages = Pages(keys, values, torch.arange(4, device=start).view(2, 2))
+    x = network.language_model.embed_tokens(torch.ones(2, 1, dtype=torch.int64, device=start))
+    hidden = network(x, Batch(positions, pages=pages, reach_B=positions[:, 0]))
+    assert network.logits(hidden).device == META
+    assert network(x).device == META
+    features = torch.zeros(1, text.width, dtype=torch.float64)
+    if start == CPU:
+        image = torch.tensor([[checkpoint.config.image_token_id, 1]])
+        assert network.embed(image, [features]).dtype == network.like.dtype
 
 
 def test_what_is_moved_with_a_batch() -> None:

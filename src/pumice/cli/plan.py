@@ -56,7 +56,7 @@ def lines(plan: Plan) -> Iterator[tuple[str, str]]:
     yield from _fit(plan)
     if plan.gpu_layers is not None:
         fit = f"{plan.gpu_layers} of {plan.blocks} blocks of the language model fit, with its head and the eyes"
-        some = plan.gpu_layers < plan.blocks
+        some = 0 < plan.gpu_layers < plan.blocks
         yield "on the GPU", f"{fit}: --gpu-layers {plan.gpu_layers + 1}" if some else fit
     if plan.pace is not None:
         yield from _pace(plan, plan.pace)

@@ -125,10 +125,10 @@ def ways(checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device
 
 
 def gpu_layers(checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device, machine: Machine) -> int:
-    """The most layers for `Placement.of_layers` with which a question about the smallest picture fits on both sides; 0
-    for none, and where all fit no more than that."""
+    """The most layers for `Placement.of_layers`, of a model that does not lie on the GPU as a whole, with which a
+    question about the smallest picture fits on both sides; 0 for none."""
     config = checkpoint.config
-    for layers in range(config.text.layers + 1, 0, -1):
+    for layers in range(config.text.layers, 0, -1):
         place = Placement.of_layers(device, config.text.layers, layers)
         parts = {each: footprint(checkpoint.tensors, config, dtype, each, place) for each in place.devices}
         rooms = [(found.needs(*smallest(config)), machine.memory(each)) for each, found in parts.items()]
