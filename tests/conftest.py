@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ import torch
 
 from pumice import ops
 from pumice.engine import passes
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which happens later
 
 # Tiny networks: a second thread costs more than it brings, and the tests run in two processes.
 torch.set_num_threads(1)

@@ -38,11 +38,11 @@ HOMES = {
     "PIL": {"image", "picture"}, "pillow_heif": {"picture"}, "tokenizers": {"tokenizer"},
     "safetensors": {"checkpoints"},
     "llguidance": {"engine"}, "pydantic": set(), "jsonschema": set(),
-    "typer": {"cli"}, "rich": {"cli"}, "transformers": set(), "ctypes": {"ops"}, "triton": set(), "ray": set(),
+    "typer": {"cli"}, "rich": {"cli"}, "transformers": set(), "ctypes": {"ops"}, "triton": {"ops"}, "ray": set(),
 }  # fmt: skip
 """Third-party names and the only rooms that may import them."""
-WIDEST = {("model", "load"), ("model", "ask"), ("model", "stream")}
-"""Functions with seven parameters: what users choose, each by its name, when they load a model and when they ask it."""
+WIDEST = {("model", "load"): 8, ("model", "ask"): 7, ("model", "stream"): 7}
+"""Functions with more than six parameters: what users choose, each by its name, when they load a model and ask it."""
 WITHOUT_TORCH = {
     "config",
     "image",
@@ -130,10 +130,12 @@ def test_signatures() -> None:
         if room(path) == "cli":
             continue
         for node in functions(path):
+            if "triton.jit" in map(ast.unparse, node.decorator_list):
+                continue  # a kernel takes each pointer and stride by itself
             spec = node.args
             named = [each.arg for each in (*spec.posonlyargs, *spec.args, *spec.kwonlyargs)]
             count = len([name for name in named if name not in ("self", "cls")])
-            most = 7 if (room(path), node.name) in WIDEST else 6
+            most = WIDEST.get((room(path), node.name), 6)
             if count > most or spec.kwarg is not None:
                 wrong.append(f"{where(path, node.lineno)} {node.name}: {count} parameters")
     assert not wrong

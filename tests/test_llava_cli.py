@@ -288,13 +288,13 @@ def test_flags_that_are_wrong(words: list[str], said: str, cli: Cli) -> None:
 
 
 def test_where_flags_go(models: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    """-ngl chooses the device, -t the threads; what cannot be had is said."""
+    """-ngl is the layers on the GPU, -t the threads; what cannot be had is said."""
     path = models / "1.5" / "lm.gguf"
-    devices: list[object] = []
+    layers: list[object] = []
     load_from = pumice.model.load_from
 
-    def noted(source: object, *, device: str | None) -> object:
-        devices.append(device)
+    def noted(source: object, *, gpu_layers: int | None) -> object:
+        layers.append(gpu_layers)
         return load_from(source, device="cpu")  # type: ignore[arg-type]
 
     monkeypatch.setattr("pumice.model.load_from", noted)
@@ -308,7 +308,10 @@ def test_where_flags_go(models: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch)
     assert [line.split(" does")[0] for line in notes] == ["-b 512", "--mlock", "-fa on", "-ngl 99"]
     assert "does not apply" not in cli("-m", path, "-p", "Hi", *SHORT, "-ngl", "0").err
     assert "does not apply" not in cli("-m", path, "-p", "Hi", *SHORT).err
-    assert devices == [None, "cpu", None]
+    assert layers == [None, 0, None]
+    monkeypatch.setattr("pumice.model.chosen_device", lambda device: torch.device("cuda"))
+    assert "does not apply" not in cli("-m", path, "-p", "Hi", *SHORT, "-ngl", "20").err
+    assert layers[-1] == 20
 
 
 def test_drawing_follows_its_flags(models: Path, cli: Cli) -> None:

@@ -22,9 +22,10 @@ from pumice.conversion import Choices
 from pumice.engine import Engine, position_bytes
 from pumice.image import prepare
 from pumice.model import DTYPES, Model, Source, load_from
+from pumice.network.placement import Placement
 from pumice.quant import QTensor
 from pumice.room import memory as system
-from pumice.room.fitting import Machine, advice, check, judged, verdict, ways
+from pumice.room.fitting import Machine, advice, check, gpu_layers, judged, verdict, ways
 from pumice.room.footprint import Footprint, Share, as_mix, footprint, grids, least, smallest
 from pumice.room.memory import Memory, host, shown
 from pumice.tasks import pace
@@ -275,15 +276,15 @@ def test_a_model_is_refused_where_it_is_hopeless_and_only_there(builds: dict[str
         checkpoint = Source(builds[name]).checkpoint()
         needs = of(builds[name]).needs(*least(checkpoint.config))
         assert needs.own < needs.total
-        check(checkpoint, None, CPU, Pretended(Memory(needs.total, needs.own)))
-        check(checkpoint, None, CPU, Pretended(None))
+        check(checkpoint, None, Placement(CPU), Pretended(Memory(needs.total, needs.own)))
+        check(checkpoint, None, Placement(CPU), Pretended(None))
         for memory in (Memory(needs.total - 1, needs.total - 1), Memory(needs.total, needs.own - 1)):
             with pytest.raises(UserError, match=re.escape(shown(needs.total))):
-                check(checkpoint, None, CPU, Pretended(memory))
+                check(checkpoint, None, Placement(CPU), Pretended(memory))
         on_gpu = of(builds[name], device=CUDA).needs(*least(checkpoint.config))
-        check(checkpoint, None, CUDA, Pretended(None, free(on_gpu.total)))
+        check(checkpoint, None, Placement(CUDA), Pretended(None, free(on_gpu.total)))
         with pytest.raises(UserError, match="the device cuda has"):
-            check(checkpoint, None, CUDA, Pretended(None, free(on_gpu.total - 1)))
+            check(checkpoint, None, Placement(CUDA), Pretended(None, free(on_gpu.total - 1)))
 
 
 def test_a_model_without_room_for_a_picture_is_loaded(builds: dict[str, Path]) -> None:
@@ -303,7 +304,7 @@ def test_a_model_that_was_dropped_makes_room(builds: dict[str, Path]) -> None:
             self.asked += 1
             return free(0) if self.asked == 1 else free(10**12)
 
-    check(Source(builds["hf"]).checkpoint(), None, CPU, emptied := Emptied())
+    check(Source(builds["hf"]).checkpoint(), None, Placement(CPU), emptied := Emptied())
     assert emptied.asked == 2
 
 
@@ -338,10 +339,12 @@ def tried(setting: str, original: Path, root: Path, dtype: torch.dtype | None, d
         dtype = torch.bfloat16
     elif setting == "without --dtype":
         dtype = None
-    else:
+    elif setting.startswith("--device "):
         device = torch.device(setting.removeprefix("--device "))
-    checkpoint = Source(source).checkpoint()
-    found = footprint(checkpoint.tensors, checkpoint.config, dtype, device)
+    checkpoint, place = Source(source).checkpoint(), None
+    if setting.startswith("--gpu-layers "):
+        place = Placement.of_layers(device, 3, int(setting.removeprefix("--gpu-layers ")))
+    found = footprint(checkpoint.tensors, checkpoint.config, dtype, device, place)
     return found.needs(*smallest(checkpoint.config)).total
 
 
@@ -418,6 +421,39 @@ def test_how_many_blocks_fit_on_a_gpu(builds: dict[str, Path]) -> None:
         planned = plan(builds["hf"], device="cpu", machine=Pretended(free(10**12), memory), probe=False)
         counts.append(planned.gpu_layers)
     assert counts == [0, 0, 1, 2, 3, 3]
+
+
+def test_layers_for_a_gpu_that_does_not_hold_all(builds: dict[str, Path]) -> None:
+    """As many as fit beside a question about the smallest picture, on both sides; the two sides are the whole."""
+    checkpoint = Source(builds["hf"]).checkpoint()
+    question, whole = smallest(checkpoint.config), of(builds["hf"], device=CUDA)
+    for layers in (1, 2, 3):
+        place = Placement.of_layers(CUDA, 3, layers)
+        there, here = (
+            footprint(checkpoint.tensors, checkpoint.config, None, device, place) for device in place.devices
+        )
+        assert there.weights.total + here.weights.total == whole.weights.total
+        assert there.position_bytes + here.position_bytes == whole.position_bytes
+        assert here.eyes.total == 0
+        assert sum(size > 0 for size in there.layers) == layers - 1
+        needs = [each.needs(*question).total for each in (here, there)]
+        machine = Pretended(free(needs[0]), free(needs[1]))
+        assert gpu_layers(checkpoint, None, CUDA, machine) == layers
+        check(checkpoint, None, place, machine)
+        for short in (Pretended(free(needs[0] - 1), free(needs[1])), Pretended(free(needs[0]), free(needs[1] - 1))):
+            assert gpu_layers(checkpoint, None, CUDA, short) != layers
+        hopeless = there.needs(*least(checkpoint.config)).total - 1
+        with pytest.raises(UserError, match="the device cuda has"):
+            check(checkpoint, None, place, Pretended(free(10**12), free(hopeless)))
+    first = ways(checkpoint, None, CUDA, Pretended(free(10**12), free(needs[1])))[0]
+    assert (first.setting, first.bytes) == ("--gpu-layers 3", needs[1])
+
+
+def test_blocks_in_a_gpu_are_computed_in_half_precision(builds: dict[str, Path]) -> None:
+    assert of(builds["Q4_0"], device=CUDA).dtype == torch.float16
+    assert of(builds["Q4_0"]).dtype == torch.float32
+    assert of(builds["Q4_0"], torch.bfloat16, CUDA).dtype == torch.bfloat16
+    assert of(builds["bfloat16"], device=CUDA).dtype == torch.bfloat16
 
 
 def test_a_plan_as_json(builds: dict[str, Path], command: Command) -> None:  # noqa: F811

@@ -26,6 +26,7 @@ from pumice.errors import UserError, nearest
 from pumice.image import Prepared, prepare
 from pumice.network.layers import Embedding, Linear, put_matrix
 from pumice.network.llava import Llava
+from pumice.network.placement import Placement
 from pumice.quant import QTensor
 from pumice.question import Images, Prompter, Question, Seen, listed
 from pumice.room.fitting import check
@@ -307,10 +308,13 @@ def load(
     preprocess: Literal["hf", "original"] | None = None,
     mmproj: str | Path | None = None,
     beside: str | Path | Sequence[str | Path] = (),
+    gpu_layers: int | None = None,
 ) -> Model:
     """A model, ready to be asked.
 
     dtype: float32, bfloat16 or float16; None keeps the checkpoint's. device: None takes a GPU when there is one.
+    gpu_layers: so many layers lie on the GPU, the others on the CPU: the head is the first of them, then come the
+    language model's blocks, the last first (`Placement.of_layers`); None is all.
     mmproj: the projector file of a GGUF, where it is not the only one in the same folder; a name for what may also
     stand in `beside`. The others are those of `Source`.
 
@@ -319,16 +323,21 @@ def load(
     """
     others = (beside,) if isinstance(beside, str | Path) else tuple(beside)
     others = others if mmproj is None else (*others, mmproj)
-    return load_from(Source(name, template, preprocess, others), dtype=dtype, device=device)
+    return load_from(Source(name, template, preprocess, others), dtype=dtype, device=device, gpu_layers=gpu_layers)
 
 
 def load_from(
-    source: Source, *, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None
+    source: Source,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    gpu_layers: int | None = None,
 ) -> Model:
     """`load`, from a source that holds its choices."""
     with _uncollected():
         checkpoint = source.checkpoint()
-        type_, place = chosen_dtype(dtype), chosen_device(device)
+        type_ = chosen_dtype(dtype)
+        place = Placement.of_layers(chosen_device(device), checkpoint.config.text.layers, gpu_layers)
         check(checkpoint, type_, place)
         network = assembled(checkpoint.tensors, checkpoint.config, type_, place)
     return Model(str(source.name), checkpoint.config, checkpoint.tokenizer, network)
@@ -355,29 +364,29 @@ def use_threads(count: int) -> None:
 EYES = ("vision_tower.", "multi_modal_projector.")
 
 
-def assembled(
-    tensors: checkpoints.Tensors, config: LlavaConfig, dtype: torch.dtype | None, device: torch.device
-) -> Llava:
+def assembled(tensors: checkpoints.Tensors, config: LlavaConfig, dtype: torch.dtype | None, place: Placement) -> Llava:
     """The modules around the checkpoint's own memory: a tensor is copied only when its type or device must change."""
     with torch.device("meta"):
         network = Llava(config)
     # Beside a language model in blocks, and unless a type was asked for, the eyes take part in eight bits.
     in_blocks = tensors.blocks("language_model.layers.0.self_attn.q_proj.weight") is not None
-    eyes_in_blocks = in_blocks and dtype is None and device.type == "cpu"
-    dtype = dtype or tensors.dtype("language_model.embed_tokens.weight")
+    eyes_in_blocks = in_blocks and dtype is None and place.device.type == "cpu"
+    network.language_model.border = place.border
     for name in network.state_dict():
+        device = place.of(name)
+        type_ = dtype or tensors.computed_in(device)
         path, _, field = name.rpartition(".")
         module = network.get_submodule(path)
         values = tensors.stored(name)
         if isinstance(values, QTensor) and isinstance(module, Linear | Embedding):
-            put_matrix(module, values.to(device, dtype))
+            put_matrix(module, values.to(device, type_))
             continue
         plain = tensors[name]
         if eyes_in_blocks and name.startswith(EYES) and isinstance(module, Linear) and ops.fits_eight_bits(plain):
             put_matrix(module, plain)
             module.plain_until_used = tensors.give_back(name)
         else:
-            setattr(module, field, nn.Parameter(plain.to(device, dtype), requires_grad=False))
+            setattr(module, field, nn.Parameter(plain.to(device, type_), requires_grad=False))
     return network.eval()
 
 

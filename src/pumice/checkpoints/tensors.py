@@ -115,6 +115,14 @@ class Tensors(Mapping[str, Tensor]):
     def dtype(self, name: str) -> torch.dtype:
         return self._entries[name].dtype
 
+    def computed_in(self, device: torch.device) -> torch.dtype:
+        """The type that the network computes with on a device where no other is asked for: that of the embeddings; of
+        blocks float32 on a CPU, and on a GPU that of their scales, which is also that of LLaVA's own inference."""
+        in_blocks = self.blocks("language_model.layers.0.self_attn.q_proj.weight") is not None
+        if in_blocks and device.type == "cuda":
+            return torch.float16
+        return self.dtype("language_model.embed_tokens.weight")
+
     def blocks(self, name: str) -> Format | None:
         """The format of quantised values."""
         return self._entries[name].blocks

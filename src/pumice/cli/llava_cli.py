@@ -126,7 +126,7 @@ def _embedded(prompt: str) -> tuple[str, list[str]]:
 
 def _loaded(given: Given, *, raw: bool) -> Model:
     """The model on its device. A raw prompt needs no template, so the file's own is not asked for."""
-    from pumice.model import Source, load_from, use_threads
+    from pumice.model import Source, chosen_device, load_from, use_threads
 
     if given.threads > 0:
         use_threads(given.threads)
@@ -135,10 +135,11 @@ def _loaded(given: Given, *, raw: bool) -> Model:
         _say(f"--chat-template {given.template} is {template} here")
     beside = () if given.mmproj is None else (given.mmproj,)
     source = Source(str(given.model), template, beside=beside)
-    model = load_from(source, device="cpu" if given.gpu_layers == 0 else None)
-    if given.gpu_layers > 0 and model.network.like.device.type == "cpu":
-        _say(f"-ngl {given.gpu_layers} does not apply: PyTorch finds no GPU here")
-    return model
+    layers = given.gpu_layers if given.gpu_layers >= 0 else None
+    if layers and chosen_device(None).type == "cpu":
+        _say(f"-ngl {layers} does not apply: PyTorch finds no GPU here")
+        layers = None
+    return load_from(source, gpu_layers=layers)
 
 
 def _check_context(given: Given, prompt_tokens: int, model: Model) -> None:

@@ -47,6 +47,10 @@ Beside = Annotated[
 ]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; as the file without it.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps; the best there is without it.")]
+GpuLayers = Annotated[
+    int | None,
+    typer.Option("--gpu-layers", "-ngl", help="Layers on the GPU, others on the CPU: the head, then the last blocks."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 

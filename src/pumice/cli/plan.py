@@ -55,7 +55,9 @@ def lines(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "a picture", f"tokens where it fills its canvas, and less elsewhere: {each}"
     yield from _fit(plan)
     if plan.gpu_layers is not None:
-        yield "on the GPU", f"{plan.gpu_layers} blocks of the language model fit, with its head and the eyes"
+        fit = f"{plan.gpu_layers} of {plan.blocks} blocks of the language model fit, with its head and the eyes"
+        some = 0 < plan.gpu_layers < plan.blocks
+        yield "on the GPU", f"{fit}: --gpu-layers {plan.gpu_layers + 1}" if some else fit
     if plan.pace is not None:
         yield from _pace(plan, plan.pace)
 

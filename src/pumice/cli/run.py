@@ -16,6 +16,7 @@ from pumice.cli.options import (
     Beside,
     Device,
     Dtype,
+    GpuLayers,
     ImagePaths,
     ImageTokens,
     ModelName,
@@ -77,6 +78,7 @@ def run(
     beside: Beside = None,
     dtype: Dtype = None,
     device: Device = None,
+    gpu_layers: GpuLayers = None,
     schema: Schema = None,
     cache: CacheFolder = None,
     as_json: AsJson = False,
@@ -97,7 +99,9 @@ def run(
         )  # fmt: skip
         asked = options.question(text, image or [], system=system, raw=raw) if text is not None else None
         form = _form(schema, asked)
-        loaded = load_from(options.source(model, template, preprocess, beside), dtype=dtype, device=device)
+        loaded = load_from(
+            options.source(model, template, preprocess, beside), dtype=dtype, device=device, gpu_layers=gpu_layers
+        )
         if cache is not None:
             loaded.limit(Limits(cache_dir=cache))
     if asked is None:

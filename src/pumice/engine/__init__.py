@@ -51,9 +51,10 @@ class Engine:
         """positions: what the cache holds, whatever its bytes are."""
         self._network, self._limits = network, (limits := limits or Limits())
         self._device = network.like.device
-        if limits.deterministic and self._device.type != "cpu":
+        end = network.language_model.norm.weight.device
+        if limits.deterministic and end.type != "cpu":
             raise UserError(
-                f"deterministic answers were asked for on {self._device.type}, where there are none",
+                f"deterministic answers were asked for on {end.type}, where there are none",
                 hint="load the model with device='cpu', or leave deterministic out",
             )
         config = network.config.text

@@ -51,7 +51,7 @@ class Eyes:
             chosen += [(image, tile) for tile in range(seen, min(image.grid.tiles, seen + room))]
         if not chosen:
             return
-        like = self._network.like
+        like = self._network.eyes_like
         pixels = torch.stack([torch.from_numpy(image.pixels[tile]) for image, tile in chosen])
         for (image, _), tile_PD in zip(chosen, self._network.look(pixels.to(like.device, like.dtype))):
             self._tiles[image.digest].append(tile_PD)

@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pumice import ops
 from pumice.engine.generation import Generation
+from pumice.engine.graphs import Graphs
 from pumice.network.llama import Batch
 from pumice.network.llava import Llava
 from pumice.ops import Pages
@@ -55,9 +57,11 @@ class Passes:
         config = network.config.text
         shape = (pages, config.kv_heads, size, config.head_width)
         self.keys, self.values = (
-            [torch.empty(shape, dtype=cache_type(network), device=self._device) for _ in range(config.layers)]
+            [torch.empty(shape, dtype=cache_type(network), device=place) for place in network.language_model.devices]
             for _ in range(2)
         )
+        graphs = ops.captures(network.like) and not network.language_model.border
+        self._forward = Graphs(network, self.keys, self.values) if graphs else network
 
     @property
     def bytes(self) -> int:
@@ -82,14 +86,14 @@ class Passes:
         pages = Pages(self.keys, self.values, self._table([each.generation.row.pages for each in stretches]))
         if len(stretches) == 1 and self._rows is None:
             batch = Batch(positions_1M, pages=pages, kept=stretches[0].kept, reach_B=reach_B)
-            return self._network.logits(self._network(x_1MD, batch)[0])
+            return self._network.logits(self._forward(x_1MD, batch)[0])
         counts = torch.tensor([each.count for each in stretches], device=self._device)
         table_MP, reach_M = pages.table_RP.repeat_interleave(counts, 0), reach_B.repeat_interleave(counts)
 
         def read(at_R: Tensor) -> Tensor:
             pages_RP = replace(pages, table_RP=table_MP[at_R])
             batch = Batch(positions_1M[0, at_R, None], pages=pages_RP, reach_B=reach_M[at_R])
-            return self._network(x_1MD[0, at_R, None], batch)[:, 0]
+            return self._forward(x_1MD[0, at_R, None], batch)[:, 0]
 
         hidden_MD = self._in_rows(read, len(places))
         ends = counts.cumsum(0).tolist()

@@ -8,6 +8,7 @@ published weights; rotary channels are in Transformers' half-split order.
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,6 +38,14 @@ class Batch:
     pages: Pages | None = None
     kept: int | None = None
     reach_B: Tensor | None = None
+
+    def on(self, device: torch.device) -> Batch:
+        """The same for blocks on another device; keys and values stay where they are, each with its block."""
+        if self.positions_BT.device == device:
+            return self
+        mask, reach = (None if each is None else each.to(device) for each in (self.mask_BTS, self.reach_B))
+        pages = None if self.pages is None else replace(self.pages, table_RP=self.pages.table_RP.to(device))
+        return replace(self, positions_BT=self.positions_BT.to(device), mask_BTS=mask, pages=pages, reach_B=reach)
 
 
 def windowed(batch: Batch, window: int | None) -> Batch:
@@ -121,25 +130,57 @@ class LanguageModel(nn.Module):
         self.embed_tokens = Embedding(config.vocab, config.width)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = RmsNorm(config.width, config.norm_eps)
+        self.border = 0
+        """Blocks from this one on, and the norm, lie elsewhere than those before it."""
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where each block lies, with its keys and values."""
+        return [each.device for each in self._likes]
+
+    @property
+    def _likes(self) -> list[Tensor]:
+        """A tensor of the type and on the device that each block computes with."""
+        return [block.input_layernorm.weight for block in self.layers if isinstance(block, Block)]
 
     def forward(self, x_BTD: Tensor, batch: Batch) -> Tensor:
         """Hidden states after the final norm, (B, T, D), from embeddings of the same shape; (1, kept, D) where the
         batch says so."""
         cos_BTE, sin_BTE = ops.rotary(batch.positions_BT, self.config.head_width, self.config.rotary, batch.reach_B)
-        turn = (cos_BTE.to(x_BTD.dtype), sin_BTE.to(x_BTD.dtype))
-        if batch.pages is not None and ops.takes_blocks(x_BTD) and self._at_once is not None:
-            return self.norm(self._at_once.run(x_BTD, turn, batch.positions_BT, batch.pages, batch.kept))
         if batch.pages is None:
             batch = windowed(batch, self.config.window)
-        for block in self.layers:
-            x_BTD = block(x_BTD, turn, batch)
+        for part in self._parts:
+            if part.start:
+                x_BTD, batch = x_BTD.to(self._likes[part.start]), batch.on(self.devices[part.start])
+            turn = (cos_BTE.to(x_BTD), sin_BTE.to(x_BTD))
+            x_BTD = self._through(part, x_BTD, turn, batch)
+        if self.border:
+            x_BTD = x_BTD.to(self.norm.weight)
         return self.norm(x_BTD if batch.kept is None else x_BTD[:, x_BTD.shape[1] - batch.kept :])
 
+    @property
+    def _parts(self) -> list[range]:
+        """Blocks that lie together."""
+        ends = (0, self.border, self.config.layers)
+        return [range(start, end) for start, end in itertools.pairwise(ends) if start < end]
+
+    def _through(self, part: range, x_BTD: Tensor, turn: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+        """The hidden states behind these blocks; behind the last perhaps only those that are asked for."""
+        if batch.pages is not None and ops.takes_blocks(x_BTD) and (at_once := self._at_once[part]) is not None:
+            kept = batch.kept if part.stop == self.config.layers else None
+            return at_once.run(x_BTD, turn, batch.positions_BT, batch.pages.layers(part), kept)
+        for layer in part:
+            x_BTD = self.layers[layer](x_BTD, turn, batch)
+        return x_BTD
+
     @functools.cached_property
-    def _at_once(self) -> Blocks | None:
-        """The twin of the loop over the blocks: one call for all of them, if all their matrices are in blocks."""
+    def _at_once(self) -> dict[range, Blocks | None]:
+        return {part: self._joined(part) for part in self._parts if self.devices[part.start].type == "cpu"}
+
+    def _joined(self, part: range) -> Blocks | None:
+        """The twin of the loop over blocks: one call for all of them, if all their matrices are in blocks."""
         config = self.config
-        found = [block.weights() for block in self.layers if isinstance(block, Block)]
+        found = [block.weights() for block in self.layers[part.start : part.stop] if isinstance(block, Block)]
         weights = [each for each in found if each is not None]
         if len(weights) < len(found) or config.head_width % 16:
             return None

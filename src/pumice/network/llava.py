@@ -19,7 +19,7 @@ from pumice.config import LlavaConfig, ProjectorConfig
 from pumice.image import Grid
 from pumice.network.clip import VisionTower
 from pumice.network.layers import Linear
-from pumice.network.llama import Batch, LanguageModel
+from pumice.network.llama import Batch, Block, LanguageModel
 from pumice.network.pruning import most_diverse
 from pumice.quant import QTensor
 
@@ -58,8 +58,15 @@ class Llava(nn.Module):
 
     @property
     def like(self) -> Tensor:
-        """A tensor of the type and on the device that the network computes with."""
-        return self.language_model.norm.weight
+        """A tensor of the type and on the device with which the language model begins."""
+        block = self.language_model.layers[0]
+        assert isinstance(block, Block)
+        return block.input_layernorm.weight
+
+    @property
+    def eyes_like(self) -> Tensor:
+        """The same of the vision tower."""
+        return self.vision_tower.pre_layrnorm.weight
 
     @property
     def in_blocks(self) -> bool:
@@ -94,13 +101,13 @@ class Llava(nn.Module):
         assert places == given, f"the prompt has {places} image tokens, the images have {given} features"
         if not features:
             return x_BTD
-        rows_XD = torch.cat(list(features)).to(x_BTD.dtype)
+        rows_XD = torch.cat(list(features)).to(x_BTD)
         return x_BTD.masked_scatter(is_image_BT[..., None], rows_XD)
 
     def logits(self, hidden_D: Tensor) -> Tensor:
         """Scores over the vocabulary, from hidden states of any leading shape."""
         head = self.language_model.embed_tokens.weight if self.config.text.tied_embeddings else self.lm_head.weight
-        return ops.linear(hidden_D, head, None)
+        return ops.linear(hidden_D.to(head.device, head.dtype), head, None)
 
     def forward(self, x_BTD: Tensor, batch: Batch | None = None) -> Tensor:
         """Hidden states as `LanguageModel` has them; without a batch: whole rows from position 0, nothing kept."""

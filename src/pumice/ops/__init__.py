@@ -1,12 +1,14 @@
 """The operations of the networks, and which code runs each: the only place where hardware matters.
 
-Tensors on a CPU that need no gradient go to the kernels of `cpu` where there is one, all others to PyTorch.
-`PUMICE_OPS=reference` runs the plain definitions everywhere, to tell a wrong kernel from a wrong network.
+Tensors that need no gradient go to the kernels of `cpu` or, on a CUDA device, to Triton's of `gpu` where there is one,
+all others to PyTorch. `PUMICE_OPS=reference` runs the plain definitions everywhere, to tell a wrong kernel from a wrong
+network.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 from collections.abc import Sequence
 from types import ModuleType
@@ -29,6 +31,7 @@ __all__ = [
     "Pages",
     "attention",
     "attention_in_pages",
+    "captures",
     "eight_bits",
     "embed",
     "fits_eight_bits",
@@ -44,6 +47,8 @@ __all__ = [
 ]
 
 BACKENDS = {"fused": fused, "reference": reference}
+OLDEST_CUDA = (8, 0)
+"""Compute capability for Triton's kernels: Ampere, the first that multiplies bfloat16."""
 
 
 @functools.cache
@@ -59,11 +64,27 @@ def _by_kernels(x: Tensor) -> bool:
     return x.device.type == "cpu" and _backend() is fused and not (torch.is_grad_enabled() and x.requires_grad)
 
 
+def _by_triton(x: Tensor) -> ModuleType | None:
+    """The kernels of `gpu`, where they take over: on a CUDA device that has them, where no gradient is asked for."""
+    return _triton(x.device) if x.is_cuda and _backend() is fused and not _learns(x) else None
+
+
+@functools.cache
+def _triton(device: torch.device) -> ModuleType | None:
+    if importlib.util.find_spec("triton") is None or torch.cuda.get_device_capability(device) < OLDEST_CUDA:
+        return None
+    from pumice.ops import gpu  # its library takes time, and a CPU does without
+
+    return gpu
+
+
 def linear(x_TD: Tensor, weight_FD: Tensor | QTensor, bias_F: Tensor | None) -> Tensor:
     """x Wᵀ + b: see `reference.linear`."""
     if isinstance(weight_FD, QTensor):
         if _by_kernels(x_TD) and weight_FD.format.dtype is None:
             return cpu.linears(x_TD, [weight_FD], [bias_F])[0]
+        if weight_FD.format.dtype is None and (gpu := _by_triton(x_TD)):
+            return gpu.linear(x_TD, weight_FD, bias_F)
         weight_FD = weight_FD.dense(x_TD.dtype)
     return _backend().linear(x_TD, weight_FD, bias_F)
 
@@ -78,7 +99,11 @@ def linears(x_TD: Tensor, weights: Sequence[Tensor | QTensor], biases: Sequence[
 
 def embed(ids_T: Tensor, weight_VD: Tensor | QTensor) -> Tensor:
     """The rows of a table: see `reference.embed`; of a table in blocks only those are unpacked."""
-    return weight_VD.rows(ids_T) if isinstance(weight_VD, QTensor) else reference.embed(ids_T, weight_VD)
+    if not isinstance(weight_VD, QTensor):
+        return reference.embed(ids_T, weight_VD)
+    if weight_VD.format.dtype is None and (gpu := _by_triton(ids_T)):
+        return gpu.embed(ids_T, weight_VD)
+    return weight_VD.rows(ids_T)
 
 
 def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -125,6 +150,8 @@ def attention_in_pages(
     reference.put(k_BKTE, v_BKTE, pages, positions_BT)
     if _by_kernels(q_BHTE) and q_BHTE.shape[3] % 8 == 0 and pages.keys.dtype in cpu.KEY_TYPES:
         return cpu.attention_in_pages(q_BHTE.float(), pages, positions_BT, window).to(q_BHTE.dtype)
+    if gpu := _by_triton(q_BHTE):
+        return gpu.attention_in_pages(q_BHTE, pages, positions_BT, window)
     k_BKSE, v_BKSE, mask_BTS = reference.rows_of(pages, positions_BT, window)
     return _backend().attention(q_BHTE, k_BKSE.to(q_BHTE.dtype), v_BKSE.to(q_BHTE.dtype), mask_BTS, causal=False)
 
@@ -144,6 +171,11 @@ def fits_eight_bits(weight: Tensor) -> bool:
 def eight_bits(weight_FD: Tensor) -> QTensor:
     """The matrix in blocks of eight bits."""
     return quantised(weight_FD, FORMATS["Q8_0"])
+
+
+def captures(x: Tensor) -> bool:
+    """Whether a pass with such inputs over pages may be captured in a CUDA graph: none of its operations waits."""
+    return _by_triton(x) is not None
 
 
 def takes_blocks(x_BTD: Tensor) -> bool:

@@ -6,7 +6,7 @@ N pages · R rows · P pages of a row · K key/value heads · S positions of a p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -31,6 +31,10 @@ class Pages:
     keys: Sequence[Tensor]
     values: Sequence[Tensor]
     table_RP: Tensor
+
+    def layers(self, part: range) -> Pages:
+        """Those of some layers, one after the other."""
+        return replace(self, keys=self.keys[part.start : part.stop], values=self.values[part.start : part.stop])
 
     def of(self, layer: int) -> LayerPages:
         return LayerPages(self.keys[layer], self.values[layer], self.table_RP)

@@ -5,6 +5,8 @@ B rows · T query positions · S key positions · D, F widths · H heads · K ke
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -47,14 +49,20 @@ def rotary(
     like = positions_BT.device
     exponent = torch.arange(0, head_width, 2, dtype=torch.int64, device=like).float() / head_width
     base = rotary.theta**exponent
-    frequency = 1.0 / (torch.tensor(rotary.divisors, device=like) * base if rotary.divisors else base)
+    frequency = 1.0 / (_numbers(rotary.divisors, like) * base if rotary.divisors else base)
     if rotary.switch is not None:
         last_B = positions_BT.amax(1) if reach_B is None else reach_B
         beyond_B11 = last_B[:, None, None] >= rotary.switch
-        frequency = torch.where(beyond_B11, 1.0 / (torch.tensor(rotary.long_divisors, device=like) * base), frequency)
+        frequency = torch.where(beyond_B11, 1.0 / (_numbers(rotary.long_divisors, like) * base), frequency)
     angle = positions_BT[..., None].float() * frequency
     angle = torch.cat((angle, angle), dim=-1)
     return angle.cos() * rotary.magnitude, angle.sin() * rotary.magnitude
+
+
+@functools.cache
+def _numbers(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Made once: a copy from the host cannot be part of a CUDA graph."""
+    return torch.tensor(values, device=device)
 
 
 def rotate(x_BHTE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from pumice.checkpoints import Checkpoint
 from pumice.checkpoints.mixes import MIXES
 from pumice.errors import UserError
+from pumice.network.placement import Placement
 from pumice.room.footprint import Footprint, Share, as_mix, footprint, least, smallest
 from pumice.room.memory import Memory, host, shown
 
@@ -73,13 +74,18 @@ def judged(found: Footprint, memory: Memory) -> Verdict:
     return "fits" if verdict(found.needs(*smallest(found.config)), memory) == "fits" else "tight"
 
 
-def check(
-    checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device, machine: Machine | None = None
+def check(checkpoint: Checkpoint, dtype: torch.dtype | None, place: Placement, machine: Machine | None = None) -> None:
+    """Raises UserError for a model that is hopeless (`judged`) on a device that it is to lie on, with up to three
+    settings under which a question about the smallest picture fits. Nothing is read but headers."""
+    for device in place.devices:
+        _check(checkpoint, dtype, (place, device), machine or Machine())
+
+
+def _check(
+    checkpoint: Checkpoint, dtype: torch.dtype | None, part: tuple[Placement, torch.device], machine: Machine
 ) -> None:
-    """Raises UserError for a model that is hopeless (`judged`), with up to three settings under which a question about
-    the smallest picture fits. Nothing is read but headers."""
-    machine = machine or Machine()
-    found = footprint(checkpoint.tensors, checkpoint.config, dtype, device)
+    whole, device = part
+    found = footprint(checkpoint.tensors, checkpoint.config, dtype, device, whole)
     memory = machine.memory(device)
     if memory is None or judged(found, memory) != "no":
         return
@@ -118,10 +124,26 @@ def ways(checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device
     return list(found.values())
 
 
+def gpu_layers(checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device, machine: Machine) -> int:
+    """The most layers for `Placement.of_layers`, of a model that does not lie on the GPU as a whole, with which a
+    question about the smallest picture fits on both sides; 0 for none."""
+    config = checkpoint.config
+    for layers in range(config.text.layers, 0, -1):
+        place = Placement.of_layers(device, config.text.layers, layers)
+        parts = {each: footprint(checkpoint.tensors, config, dtype, each, place) for each in place.devices}
+        rooms = [(found.needs(*smallest(config)), machine.memory(each)) for each, found in parts.items()]
+        if all(memory is not None and verdict(needs, memory) == "fits" for needs, memory in rooms):
+            return layers
+    return 0
+
+
 def _candidates(
     checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device, machine: Machine
 ) -> Iterator[tuple[str, Footprint, torch.device]]:
     tensors, config = checkpoint.tensors, checkpoint.config
+    if device.type != "cpu" and (layers := gpu_layers(checkpoint, dtype, device, machine)):
+        place = Placement.of_layers(device, config.text.layers, layers)
+        yield f"--gpu-layers {layers}", footprint(tensors, config, dtype, device, place), device
     other = torch.device("cpu") if device.type != "cpu" else machine.gpu()
     if other is not None:
         yield f"--device {other.type}", footprint(tensors, config, dtype, other), other

@@ -17,6 +17,7 @@ from pumice.checkpoints.mixes import Mix
 from pumice.checkpoints.tensors import Entry
 from pumice.config import LlavaConfig, TextConfig
 from pumice.image import Grid, grid_for
+from pumice.network.placement import Placement
 from pumice.quant import FORMATS
 
 NEW_POSITIONS = 256
@@ -83,22 +84,29 @@ class Footprint:
         return self.weights + Share(own=positions * self.position_bytes + self.work(positions, tiles))
 
 
-def footprint(tensors: Tensors, config: LlavaConfig, dtype: torch.dtype | None, device: torch.device) -> Footprint:
-    """Of the model that `model.load` makes of these tensors; `dtype` None keeps theirs."""
+def footprint(
+    tensors: Tensors,
+    config: LlavaConfig,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    place: Placement | None = None,
+) -> Footprint:
+    """Of the model that `model.load` makes of these tensors; `dtype` None keeps theirs. place: only what lies on the
+    device by it; None is all."""
     text = config.text
     in_blocks = _in_blocks(tensors)
     on_cpu = device.type == "cpu"
-    chosen = dtype or tensors.dtype("language_model.embed_tokens.weight")
+    chosen = dtype or tensors.computed_in(device)
     eight_bits = in_blocks and dtype is None and on_cpu
     rules = _Rules(chosen, on_cpu, config.vision.blocks_needed if eight_bits and config.vision else None)
-    lies = {name: rules.share(tensors, name) for name in tensors.names()}
+    lies = {name: rules.share(tensors, name) for name in tensors.names() if place is None or place.of(name) == device}
     widens = in_blocks if not on_cpu else chosen in (torch.bfloat16, torch.float16)
     return Footprint(
         config,
         sum((each for name, each in lies.items() if not name.startswith(EYES)), Share()),
         sum((each for name, each in lies.items() if name.startswith(EYES)), Share()),
-        _layers(lies, text.layers),
-        position_bytes(tensors, config, dtype),
+        layers := _layers(lies, text.layers),
+        position_bytes(tensors, config, dtype) // text.layers * sum(size > 0 for size in layers),
         chosen,
         in_blocks,
         _widest(text, head=not on_cpu) * 4 if widens else 0,

@@ -21,6 +21,7 @@ from pumice.checkpoints.tensors import Entry
 from pumice.config import LlavaConfig
 from pumice.engine.sampling import Sampling
 from pumice.model import Model, assembled
+from pumice.network.placement import Placement
 from pumice.quant import QTensor
 from pumice.question import Question
 from pumice.room.footprint import Footprint
@@ -158,7 +159,7 @@ def _tile_s(model: Model, config: LlavaConfig) -> float | None:
     vision = config.vision
     if vision is None:
         return None
-    network, like = model.network, model.network.like
+    network, like = model.network, model.network.eyes_like
     inside_1TD = like.new_ones(1, vision.positions, vision.width)
     features_1PD = like.new_ones(1, vision.tile_tokens, vision.feature_width)
     block = network.vision_tower.encoder.layers[0]
@@ -178,7 +179,7 @@ def _slice(checkpoint: Checkpoint, layers: list[int], dtype: torch.dtype | None,
     config = replace(whole, text=replace(whole.text, layers=len(layers)), vision=vision, stop_ids=())
     drawn = _Drawn(checkpoint)
     entries = {name: drawn.entry(name, _origin(name, layers)) for name in expected_tensors(config)}
-    return Model("a slice", config, checkpoint.tokenizer, assembled(Tensors(entries), config, dtype, device))
+    return Model("a slice", config, checkpoint.tokenizer, assembled(Tensors(entries), config, dtype, Placement(device)))
 
 
 def _origin(name: str, layers: list[int]) -> str:

@@ -47,9 +47,11 @@ class Plan:
     """How many of that length fit at once."""
     ways: tuple[Way, ...]
     """Settings that fit, where the model does not."""
+    blocks: int
+    """Of the language model."""
     gpu_layers: int | None
-    """How many blocks of the language model, its head and the eyes would fit on the GPU, with keys and values of the
-    longest context; None without a GPU."""
+    """How many of them would fit on the GPU, with its head, the eyes, and keys and values of the longest context; None
+    without a GPU."""
     pace: Pace | None
     """None where there is no room to measure it."""
 
@@ -97,6 +99,7 @@ def plan(
         positions=longest,
         conversations=0 if room is None or context == 0 else room // (context * found.position_bytes),
         ways=tuple(ways(checkpoint, type_, place, machine)) if said == "no" else (),
+        blocks=config.text.layers,
         gpu_layers=_gpu_layers(checkpoint, type_, machine, context),
         pace=measure(checkpoint, found, type_, place, context) if probe and measurable else None,
     )
