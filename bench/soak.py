@@ -1,6 +1,6 @@
 """Many threads ask the bundled model at once, a tenth of it cancelled: is an answer lost or crossed, does memory grow?
 
-    python bench/soak.py [--requests 1000] [--minutes 0] [--threads 12] [--models pebble pebble:1.5]
+    python bench/soak.py [--requests 1000] [--minutes 0] [--threads 24] [--models pebble pebble:1.5]
 
 Requests are drawn from cases whose answers are known: each was asked alone, of an engine that had seen nothing. What
 ends must say the same, token by token; what is cancelled, the beginning of it. The cache is as small as it can be, so
@@ -38,9 +38,9 @@ LIMITS = Limits(cache_bytes=0, feature_bytes=2**16, rows=16, chunk=48, alone_chu
 """Pages for one row of the model's whole length: about five pictures of the 1.6 form. Features of one picture at a
 time."""
 CANCELLED = 0.2
-"""Of those that are asked one by one: about a tenth of all."""
-LONGEST_WAIT_S = 1.0
-"""A request is cancelled so long after it began, at most."""
+"""Chances of a question that is asked by itself: a tenth of all are cancelled."""
+LONGEST_WAIT_S = 3.0
+"""Until a request is cancelled that was to be cancelled later."""
 AT_ONCE = 8
 """So many questions are asked together by `ask_all`."""
 PICTURES = 12
@@ -165,19 +165,28 @@ class Soak:
             return
         for expected, stream in zip(case.expected, case.conversation(self.model)):
             if draw.random() < CANCELLED / 2:
-                pieces = list(itertools.islice(stream, draw.randint(1, 5)))
-                del stream  # nobody holds it: it is cancelled
-                self._begun("".join(pieces), expected, "dropped")
-                return
+                wanted = draw.randint(1, 5)
+                pieces = list(itertools.islice(stream, wanted))
+                if len(pieces) == wanted:
+                    del stream  # nobody holds it: it is cancelled
+                    self._begun("".join(pieces), expected, "dropped")
+                    return
             self._whole(stream.answer, expected)
 
     def _cancel_from_here(self, case: Case, draw: random.Random) -> None:
-        """Others run the engine, this thread ends the request: before its first token, or wherever it is."""
-        opened = self.model._open(case.question())
+        """Others run the engine, this thread ends the request: at once, while it is read, or after some letters."""
+        opened, letters = self.model._open(case.question()), draw.choice((0, 0, 1, 3))
         opened.start()
-        time.sleep(draw.random() ** 2 * LONGEST_WAIT_S)
+        late = time.perf_counter() + (LONGEST_WAIT_S if letters else draw.random() * LONGEST_WAIT_S / 10)
+        text = ""
+        while time.perf_counter() < late and not opened.ended and (not letters or len(text) < letters):
+            time.sleep(0.002)
+            text += opened.take()
+        if opened.ended:
+            self._whole(opened.answer(), case.expected[0])
+            return
         opened.cancel()
-        text = opened.take()
+        text += opened.take()
         self._begun(text, case.expected[0], "cancelled in the middle" if text else "cancelled before it began")
 
     def _together(self, chosen: list[Case]) -> None:
@@ -318,7 +327,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=1000, help="of each model")
     parser.add_argument("--minutes", type=float, default=0.0)
-    parser.add_argument("--threads", type=int, default=12)
+    parser.add_argument("--threads", type=int, default=24)
     parser.add_argument("--cases", type=int, default=160, help="of each model, asked alone at first")
     parser.add_argument("--models", nargs="+", default=["pebble", "pebble:1.5"])
     parser.add_argument("--output", type=Path, default=HERE / "results-soak.md")
@@ -347,6 +356,10 @@ def _page(soaks: Sequence[Soak], memory: Memory, threads: int, seconds: float) -
     cells |= {
         "tokens of prompts found in the cache": [
             f"{soak.counts['cached'] / max(1, soak.counts['prompt']):.0%}" for soak in soaks
+        ],
+        "of all requests cancelled": [
+            f"{1 - (soak.counts['whole'] + soak.counts['by ids']) / max(1, soak.counts['requests']):.1%}"
+            for soak in soaks
         ],
         "answers lost, crossed or otherwise wrong": [f"{len(soak.wrong)}" for soak in soaks],
         "pages held at the end": [f"{soak.model.engine.pages_held}" for soak in soaks],
