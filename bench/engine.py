@@ -1,9 +1,15 @@
-"""The engine beside the bare network on this machine: one request, many at once, an image asked about again, a form.
+"""The engine beside the bare network and its peers: one request, many at once, an image asked about again, a form.
 
-    python bench/engine.py [--shape 7b] [--quant q4_0] [--parts …] [--rounds 3] [--models DIR]
+    python bench/engine.py [--shape 7b] [--quant q4_0] [--parts …] [--rounds 3] [--models DIR] [--llama DIR]
+    python bench/engine.py --cuda [--shape 7b] [--parts …] [--rounds 3]
 
-Random weights, made once in `--models`. Writes bench/results-engine.md (`--output` names another file): medians of the
-rounds, in brackets the least and the most; each part runs in a process of its own, so that "after a restart" is one.
+Random weights, made once in `--models`. Each part runs in a process of its own, so that "after a restart" is one; in
+each round all of them, one after another. Parts may be run one by one: their samples stay in a file in `--models`,
+where new ones of a part replace the old, and the page is written from all. It is bench/results-engine.md (`--output`
+names another file): medians, in brackets the least and the most.
+
+Parts of peers: `slots` and `slots-image` need llama.cpp's llama-server in `--llama`, `bfloat16` and `float32` need
+Transformers. With `--cuda` see `engine_cuda.py`.
 """
 
 from __future__ import annotations
@@ -16,15 +22,17 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import engine_cuda
 import random_models
 import torch
 from cpu import PICTURES, processor
+from measured import seconds
 from PIL import Image
+from serving import AT_ONCE, CONTEXT, QUESTIONS, TOKENS, Figures, generate, slots, slots_image
 
 import pumice
 from pumice.engine import Engine, Limits, Request, Sampling
@@ -34,13 +42,13 @@ from pumice.network.llava import Llava
 from pumice.ops import Pages
 
 HERE = Path(__file__).resolve().parent
-PARTS = ("decode", "image", "form", "chunk")
-TOKENS = 32
-CONTEXT = 64
-"""Tokens of the prompt, before which no decode step is measured."""
-AT_ONCE = (1, 2, 4, 8, 16)
+OURS, SERVER = "pumice", "llama.cpp's server"
+PARTS = {
+    "decode": OURS, "slots": SERVER, "bfloat16": "Transformers bfloat16", "float32": "Transformers float32",
+    "image": OURS, "slots-image": SERVER, "form": OURS, "chunk": OURS,
+}  # fmt: skip
+"""In the order of a round, and whose figures they are."""
 CHUNKS = (32, 64, 128, 256, 576)
-QUESTIONS = ("What is it?", "Who made this picture, and when?")
 WORDS = Form.of(regex="[a-z ]{200,}")
 ROWS = {
     "bare": "one row, the bare network: tokens/s",
@@ -60,13 +68,14 @@ ROWS = {
     **{f"chunk {size}": f"a prompt of 576 tokens in parts of {size}: tokens/s" for size in CHUNKS},
     **{f"stall {size}": f"what a row waits for a part of {size}, s" for size in CHUNKS},
 }  # fmt: skip
-Figures = dict[str, float]
+Samples = dict[str, dict[str, list[float]]]
+"""Of each part each figure, and the load average at its beginning."""
 
 
 # --- one part, in a process of its own --------------------------------------------------------------------------------
 
 
-def loaded(files: list[str]) -> pumice.Model:
+def loaded(files: Sequence[str]) -> pumice.Model:
     model = pumice.load(files[0], beside=files[1], template="vicuna_v1")
     # Random weights end whenever they like.
     model.network.config = dataclasses.replace(model.network.config, stop_ids=())
@@ -76,12 +85,6 @@ def loaded(files: list[str]) -> pumice.Model:
 def random_ids(network: Llava, tokens: int, seed: int = 0) -> list[int]:
     random = torch.Generator().manual_seed(seed)
     return torch.randint(3, network.config.text.vocab, (tokens,), generator=random).tolist()
-
-
-def seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 @torch.inference_mode()
@@ -114,7 +117,7 @@ def decoding(model: pumice.Model, rows: int, form: Form | None = None) -> Engine
     return engine
 
 
-def decode(files: list[str]) -> Figures:
+def decode(*files: str) -> Figures:
     model = loaded(files)
     alone, loop = decoding(model, 1), bare(model.network)
     next(loop)
@@ -134,7 +137,7 @@ def first_token(model: pumice.Model, question: str, picture: str) -> float:
     return seconds(lambda: model.ask(question, picture, sampling=Sampling(max_tokens=1)))
 
 
-def image(files: list[str]) -> Figures:
+def image(*files: str) -> Figures:
     """A folder is made and left; a new process finds it."""
     model, picture = loaded(files[:2]), files[2]
     with tempfile.TemporaryDirectory() as folder:
@@ -150,13 +153,13 @@ def image(files: list[str]) -> Figures:
     return found | {f"times {name}": found["first"] / found[name] for name in ("second", "restart")}
 
 
-def again(files: list[str]) -> Figures:
+def again(*files: str) -> Figures:
     model = loaded(files[:2])
     model.limit(Limits(cache_dir=Path(files[3])))
     return {"restart": first_token(model, QUESTIONS[1], files[2])}
 
 
-def form(files: list[str]) -> Figures:
+def form(*files: str) -> Figures:
     model = loaded(files)
     engines = {"free": decoding(model, 1), "held": decoding(model, 1, WORDS)}
     passed: dict[str, list[float]] = defaultdict(list)
@@ -167,7 +170,7 @@ def form(files: list[str]) -> Figures:
     return found | {"form": 100 * (found["held"] / found["free"] - 1)}
 
 
-def chunk(files: list[str]) -> Figures:
+def chunk(*files: str) -> Figures:
     """What reading a prompt in parts costs, and how long a part lets other rows wait."""
     model, found = loaded(files), {}
     for size in CHUNKS:
@@ -191,49 +194,103 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=random_models.SHAPES, default="7b")
     parser.add_argument("--quant", choices=random_models.MIXES, default="q4_0")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="+", help=f"of {', '.join(PARTS)}; the default are pumice's own")
+    parser.add_argument("--llama", type=Path, help="folder of llama.cpp's programs")
     parser.add_argument("--models", type=Path, default=HERE / "models", help="where the random files are kept")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=HERE / "results-engine.md")
+    parser.add_argument("--output", type=Path)
+    engine_cuda.add_options(parser)
     chosen = parser.parse_args()
-    files = [str(each) for each in random_models.files(chosen.models.resolve(), chosen.shape, chosen.quant, tiled=True)]
-    picture = chosen.models.resolve() / "picture-1.6.png"
+    if chosen.cuda:
+        engine_cuda.main(parser, chosen, child)
+        return
+    parts = chosen.parts or [part for part, peer in PARTS.items() if peer == OURS]
+    if unknown := sorted({*parts} - {*PARTS}):
+        parser.error(f"there is no part {unknown[0]!r}; parts are {', '.join(PARTS)}")
+    if chosen.llama is None and any(PARTS[part] == SERVER for part in parts):
+        parser.error("llama.cpp's server is asked for; name its folder with --llama")
+    models = chosen.models.resolve()
+    given = _given(models, chosen)
+    kept = models / f"engine-{chosen.shape}-{chosen.quant}.json"
+    samples: Samples = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    for part in parts:
+        samples.pop(part, None)
+    for round in range(chosen.rounds):
+        for part in [each for each in PARTS if each in parts]:
+            found = {"load": os.getloadavg()[0]} | child([part, *given[part]])
+            for name, value in found.items():
+                samples.setdefault(part, {}).setdefault(name, []).append(value)
+            kept.write_text(json.dumps(samples), encoding="utf-8")
+            print(f"round {round + 1}: {part}", file=sys.stderr)
+    output = chosen.output or HERE / "results-engine.md"
+    output.write_text("\n".join(_page(chosen, samples)) + "\n", encoding="utf-8")
+    print(output.read_text(encoding="utf-8"))
+
+
+def _given(models: Path, chosen: argparse.Namespace) -> dict[str, list[str]]:
+    """What the process of each part is told."""
+    files = [str(each) for each in random_models.files(models, chosen.shape, chosen.quant, tiled=True)]
+    picture = models / "picture-1.6.png"
     if not picture.exists():
         Image.effect_mandelbrot(PICTURES["1.6"], (-2, -1, 1, 1), 60).convert("RGB").save(picture)
-    samples: dict[str, list[float]] = defaultdict(list)
-    before = os.getloadavg()[0]
-    for round in range(chosen.rounds):
-        for part in chosen.parts:
-            for name, value in child([part, *files, *([str(picture)] if part == "image" else [])]).items():
-                samples[name].append(value)
-            print(f"round {round + 1}: {part}", file=sys.stderr)
+    given = dict.fromkeys(PARTS, files) | {"image": [*files, str(picture)]}
+    given |= {dtype: [chosen.shape, dtype] for dtype in ("bfloat16", "float32")}
+    llama = str(chosen.llama)
+    return given | {"slots": [llama, files[0]], "slots-image": [llama, *files, str(picture)]}
+
+
+def _page(chosen: argparse.Namespace, samples: Samples) -> list[str]:
+    found: dict[str, dict[str, list[float]]] = defaultdict(dict)
+    for part, figures in samples.items():
+        for name, values in figures.items():
+            found[name][PARTS[part]] = values
+    loads = [load for figures in samples.values() for load in figures["load"]]
+    rounds = sorted({len(figures["load"]) for figures in samples.values()})
     lines = [
         f"# The engine on this CPU: {chosen.shape}, {chosen.quant}, random weights",
         "",
         f"Made by `python bench/engine.py`. {processor()}; {torch.get_num_threads()} threads. Load average",
-        f"{before:.1f} before, {os.getloadavg()[0]:.1f} after: only a quiet one gives figures. Prompts of {CONTEXT}",
-        f"tokens, then {TOKENS} tokens each. Medians (least–most) of {chosen.rounds} rounds.",
-        "",
-        "| what | figure |",
-        "|---|---|",
+        f"{min(loads):.1f} to {max(loads):.1f} when a part began: only a quiet machine gives figures. Prompts of",
+        f"{CONTEXT} tokens, then {TOKENS} tokens each. Medians (least–most) of {' or '.join(map(str, rounds))} rounds.",
     ]
-    lines += [f"| {what} | {_cell(samples[name])} |" for name, what in ROWS.items() if name in samples]
-    chosen.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(chosen.output.read_text(encoding="utf-8"))
+    beside = {name: found[name] for name in ROWS if {*found[name]} - {OURS}}
+    if beside:
+        lines += ["", *_beside(beside)]
+    alone = [f"| {what} | {_cell(found[name][OURS])} |" for name, what in ROWS.items() if {*found[name]} == {OURS}]
+    return lines + (["", "| what | pumice |", "|---|---|", *alone] if alone else [])
 
 
-def _cell(values: list[float]) -> str:
-    middle, least, most = statistics.median(values), min(values), max(values)
-    return f"{middle:.3g}" if len(values) == 1 else f"{middle:.3g} ({least:.3g}–{most:.3g})"
+def _beside(found: dict[str, dict[str, list[float]]]) -> list[str]:
+    """Figures that peers have too, and how many times faster pumice is."""
+    peers = [each for each in dict.fromkeys(PARTS.values()) if any(each in row for row in found.values())]
+    others = [each for each in peers if each != OURS]
+    lines = [
+        f"| what | {' | '.join(peers)} | {' | '.join(f'times {each}' for each in others)} |",
+        "|---|" + "---|" * (len(peers) + len(others)),
+    ]
+    for name, row in found.items():
+        cells = [_cell(row.get(each, [])) for each in peers] + [_times(name, row, each) for each in others]
+        lines.append(f"| {ROWS[name]} | {' | '.join(cells)} |")
+    return lines
+
+
+def _times(name: str, row: dict[str, list[float]], peer: str) -> str:
+    if not {OURS, peer} <= {*row} or name.startswith("times"):
+        return ""
+    ours, theirs = statistics.median(row[OURS]), statistics.median(row[peer])
+    return f"{theirs / ours if ROWS[name].endswith(', s') else ours / theirs:.2f}"
+
+
+def _cell(values: Sequence[float]) -> str:
+    if len(values) < 2:
+        return "".join(f"{each:.3g}" for each in values)
+    return f"{statistics.median(values):.3g} ({min(values):.3g}–{max(values):.3g})"
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        part, *arguments = sys.argv[2:]
-        print(
-            json.dumps(
-                {"decode": decode, "image": image, "again": again, "form": form, "chunk": chunk}[part](arguments)
-            )
-        )
+        ours = {"decode": decode, "image": image, "again": again, "form": form, "chunk": chunk}
+        theirs = {"slots": slots, "slots-image": slots_image, "bfloat16": generate, "float32": generate}
+        print(json.dumps({**ours, **theirs, **engine_cuda.PARTS}[sys.argv[2]](*sys.argv[3:])))
     else:
         main()

@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import random_models
 import torch
@@ -116,8 +117,8 @@ def _off(model_path: str, eyes_path: str, picture: str, of: str | None, factor: 
     return 1 - float(torch.nn.functional.cosine_similarity(*found, dim=-1).min())
 
 
-def transformers(phase: str, shape_name: str) -> dict[str, float]:
-    """LLaVA 1.5 in bfloat16, random weights made in memory: there is no file to load."""
+def random_llava(shape_name: str, dtype: torch.dtype, device: str) -> Any:
+    """Transformers' LLaVA 1.5 with random weights, made in memory: there is no file to load."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     shape = random_models.SHAPES[shape_name]
@@ -135,13 +136,20 @@ def transformers(phase: str, shape_name: str) -> dict[str, float]:
         image_token_index=text.vocab - 1,
     )  # fmt: skip
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config).to(torch.bfloat16).eval()
-    model.to_empty(device="cpu")
+        model = LlavaForConditionalGeneration(config).to(dtype).eval()
+    model.to_empty(device=device)
     for values in (*model.parameters(), *model.buffers()):
         if values.is_floating_point():
             values.detach().normal_(std=0.02)
         else:  # the tower's positions
             values.copy_(torch.arange(values.numel()).view(values.shape))
+    return model
+
+
+def transformers(phase: str, shape_name: str) -> dict[str, float]:
+    """In bfloat16."""
+    model = random_llava(shape_name, torch.bfloat16, "cpu")
+    text, vision = random_models.SHAPES[shape_name].text, random_models.SHAPES[shape_name].vision
     ids = torch.randint(3, text.vocab - 1, (1, 2880), generator=torch.Generator().manual_seed(0))
     pixels = torch.randn(1, 3, vision.image_px, vision.image_px, dtype=torch.bfloat16)
     with torch.inference_mode():

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 CPU = BENCH / "cpu.py"
@@ -72,3 +73,85 @@ def test_the_tables_of_labels_have_a_row_for_each_task() -> None:
     for row in right[2:]:
         cells = row.strip("| ").split(" | ")
         assert all(cell in ("0.00", "0.50", "1.00") for cell in cells[3:8]), "shares of two pictures"
+
+
+# --- the engine -------------------------------------------------------------------------------------------------------
+
+
+def run(script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCH / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def table(page: Path) -> dict[str, list[str]]:
+    """The cells behind the first of each row."""
+    lines = [line.strip("|").split("|") for line in page.read_text(encoding="utf-8").splitlines() if "|" in line]
+    return {first.strip(): [cell.strip() for cell in rest] for first, *rest in lines}
+
+
+def test_parts_of_the_engine_s_table_are_run_one_by_one(tmp_path: Path) -> None:
+    """What ran before stays, and pumice stands beside a server and Transformers."""
+    page, programs = tmp_path / "results.md", tmp_path / "llama"
+    programs.mkdir()
+    stand_in = f'#!/bin/sh\nexec "{sys.executable}" "{Path(__file__).parent / "llama_server.py"}" "$@"\n'
+    (programs / "llama-server").write_text(stand_in)
+    (programs / "llama-server").chmod(0o755)
+    places = ("--models", tmp_path / "models", "--output", page)
+    common = ("--shape", "tiny", *places, "--rounds", "1", "--llama", programs)
+    for parts in (["decode"], ["float32", "slots", "slots-image"]):
+        done = run("engine.py", *common, "--parts", *parts)
+        assert done.returncode == 0, done.stderr
+    rows = table(page)
+    assert rows["what"] == ["pumice"]  # of the second table
+    for count in (1, 8):
+        ours, server, transformers, *times = map(float, rows[f"{count} requests at once: tokens/s"])
+        assert times == pytest.approx([ours / server, ours / transformers], rel=0.02, abs=0.006)
+    assert rows["2 requests at once: tokens/s"][2::2] == ["", ""]
+    first, second = (rows[f"{name}: first token, s"][1] for name in (
+        "first question about a picture of five tiles", "second question about it",
+    ))  # fmt: skip
+    assert float(first) > 0.3 > float(second)
+    assert float(rows["16 requests at once: tokens/s"][0]) > 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"), [(["--parts", "slots"], "name its folder with --llama"), (["--parts", "x"], "no part 'x'")]
+)
+def test_parts_that_cannot_run(wrong: list[str], words: str) -> None:
+    done = run("engine.py", *wrong)
+    assert done.returncode == 2
+    assert words in done.stderr
+
+
+def test_the_table_of_a_gpu_is_made_on_the_cpu_too(tmp_path: Path) -> None:
+    page = tmp_path / "results.md"
+    chosen = ("--cuda", "--device", "cpu", "--shape", "tiny", "--requests", "3", "--rounds", "1", "--output", page)
+    done = run("engine.py", *chosen)
+    assert done.returncode == 0, done.stderr
+    rows = table(page)
+    assert {"memory read, GB/s", "3 requests at once, an image each: images/s", "a prompt of 128 tokens: tokens/s"} <= {
+        *rows
+    }
+    figures = [float(cells[0].rstrip("%")) for cells in rows.values() if cells[0] not in ("figure", "---")]
+    assert len(figures) == 14
+    assert all(each > 0 for each in figures[:4])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_measured(tmp_path: Path) -> None:
+    done = run("engine.py", "--cuda", "--output", tmp_path / "results.md")
+    assert done.returncode == 2
+    assert "no CUDA device" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_many_requests_of_many_threads_are_neither_lost_nor_crossed(tmp_path: Path) -> None:
+    """The soak's short form."""
+    page = tmp_path / "results.md"
+    done = run("soak.py", "--models", "pebble:1.5", "--requests", "120", "--cases", "40", "--output", page)
+    assert done.returncode == 0, done.stderr
+    rows = {what: int(cells[0]) for what, cells in table(page).items() if cells[0].isdigit()}
+    assert rows["requests"] >= 120
+    assert rows["answers lost, crossed or otherwise wrong"] == rows["pages held at the end"] == 0
+    assert rows["rows that lost their pages and read again"] > 0
+    assert rows["pages given away that could be found"] > 0

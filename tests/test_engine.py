@@ -3,9 +3,7 @@ plain loop, token by token."""
 
 from __future__ import annotations
 
-import itertools
 import random
-import threading
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -439,39 +437,6 @@ def test_pages_of_a_preempted_row_are_found_again(model: pumice.Model) -> None:
         waited += under_way[1].row.new > 0 and not under_way[1].row.pages and not under_way[0].ended
     assert waited > 10
     assert [taken(each) for each in under_way] == expected
-
-
-def test_many_requests_of_many_threads_are_neither_lost_nor_crossed(
-    model: pumice.Model, images: list[Prepared]
-) -> None:
-    """A tenth is cancelled at some moment; each of the others says what it says alone."""
-    draw = random.Random(5)
-    kinds = [([], [10 + kind] * (3 + kind)) for kind in range(6)]
-    kinds += [([image], [20 + at]) for at, image in enumerate(images)]
-    requests = [Request(prompt_ids(model, shown, words), shown, Sampling(max_tokens=6)) for shown, words in kinds]
-    expected = [plain(model, each.ids, each.images, 6) for each in requests]
-    engine = Engine(model.network, Limits(rows=7), positions=640)
-    chosen = [[draw.randrange(len(requests)) for _ in range(70)] for _ in range(3)]
-    wrong: list[object] = []
-
-    def ask(numbers: list[int], seed: int) -> None:
-        chance = random.Random(seed)
-        for at in range(0, len(numbers), 5):
-            group = [(number, engine.submit(requests[number])) for number in numbers[at : at + 5]]
-            for number, generation in group:
-                most = chance.randint(1, 5) if chance.random() < 0.1 else None
-                said = [step.token for step in itertools.islice(engine.follow(generation), most)]
-                if said != expected[number][:most]:
-                    wrong.append((number, most, said))
-
-    threads = [threading.Thread(target=ask, args=(numbers, seed)) for seed, numbers in enumerate(chosen)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=120)
-    assert not wrong
-    assert engine.pages_held == 0
-    assert not engine.step()
 
 
 @pytest.mark.usefixtures("small_pages")
