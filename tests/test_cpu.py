@@ -66,18 +66,31 @@ def test_products_are_those_of_the_rounded_activations(name: str, instruction_se
     draw = torch.Generator().manual_seed(1)
     for rows, columns in shapes:
         weight = matrix(name, rows, columns)
-        for m in (1, 2, 3, 5, 8, 9, 13, 40):
+        for m in (1, 2, 3, 4, 5, 8, 13, 40):
             x_MK = torch.randn(m, columns, generator=draw) * torch.logspace(-3, 3, m)[:, None]
             bias_N = torch.randn(rows, generator=draw)
             (y_MN,) = cpu.linears(x_MK, [weight], [bias_N])
             # Beside many rows AVX2 makes all scales whole: see docs/kernels.md.
-            shared = instruction_set == "avx2" and m > 8
+            shared = instruction_set == "avx2" and m > 4
             most_level = 1023 if shared and name in ("Q8_0", "IQ4_NL") else 127
             x_rounded_MK = rounded(x_MK, 256 if whole or shared else 32, most_level)
             expected_MN = x_rounded_MK.double() @ weight.dense().double().T + bias_N
             for row in range(m):
                 near = 5e-4 if shared and not whole else 3e-6
                 assert far(y_MN[row], expected_MN[row]) < near, (rows, columns, m, row)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_row_is_the_same_beside_any_others(name: str, instruction_set: str) -> None:
+    """Bit by bit, among up to four rows and among more: how many others a row has moves nothing."""
+    x_MK = torch.randn(40, 768, generator=torch.Generator().manual_seed(11))
+    weight = matrix(name, 37, 768)
+    for counts in ((1, 2, 3, 4), (5, 6, 7, 8, 12, 13, 40)):
+        (most_MN,) = cpu.linears(x_MK[: counts[-1]], [weight], [None])
+        for m in counts:
+            for first in (0, counts[-1] - m):
+                (y_MN,) = cpu.linears(x_MK[first : first + m], [weight], [None])
+                assert torch.equal(y_MN, most_MN[first : first + m]), (m, first)
 
 
 @pytest.mark.parametrize("name", BLOCKS)

@@ -16,12 +16,13 @@ template <Format F> struct EightWholes {
 struct EightRows {
     const uint8_t* row[8];
 
+    __m128i sixteen(int r, int at) const { return _mm_loadu_si128((const __m128i*)(row[r] + at)); }
+
     // Four dwords from byte `at` on.
     void dwords(int at, __m256i* v) const {
         __m256i r[4];
         for (int t = 0; t < 4; t++)
-            r[t] = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)(row[t] + at))),
-                                           _mm_loadu_si128((const __m128i*)(row[t + 4] + at)), 1);
+            r[t] = _mm256_blend_epi32(_mm256_castsi128_si256(sixteen(t, at)), _mm256_broadcastsi128_si256(sixteen(t + 4, at)), 0xf0);
         const __m256i a = _mm256_unpacklo_epi32(r[0], r[1]), b = _mm256_unpackhi_epi32(r[0], r[1]);
         const __m256i c = _mm256_unpacklo_epi32(r[2], r[3]), d = _mm256_unpackhi_epi32(r[2], r[3]);
         v[0] = _mm256_unpacklo_epi64(a, c);

@@ -24,24 +24,12 @@ inline void widen8(const uint8_t* in, int16_t* out) {
 inline __m256i bytes32(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
 inline __m256i masked(__m256i v, int mask) { return _mm256_and_si256(v, _mm256_set1_epi8(char(mask))); }
 
-// The low halves of 16 bytes, then their high halves.
-inline __m256i nibbles16(const uint8_t* p) {
-    const __m128i b = _mm_loadu_si128((const __m128i*)p);
-    return masked(_mm256_set_m128i(_mm_srli_epi16(b, 4), b), 15);
-}
-
 // 16 in the bytes whose bits are set in two bytes of the word in each half, from byte `from` on.
 inline __m256i sixteens(__m256i words, int from) {
     const __m256i order = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
     const __m256i spread = _mm256_shuffle_epi8(words, _mm256_add_epi8(order, _mm256_set1_epi8(char(from))));
     const __m256i bit = _mm256_set1_epi64x(int64_t(0x8040201008040201));
     return masked(_mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit), 16);
-}
-
-// Byte e is 16 where bit e of the word is set.
-inline __m256i fifth_bits(const uint8_t* word) {
-    const uint32_t bits = u32_at(word);
-    return sixteens(_mm256_set_m128i(_mm_set1_epi32(int(bits >> 16)), _mm_set1_epi32(int(bits))), 0);
 }
 
 inline __m256i iq4_nl(__m256i q) {

@@ -4,7 +4,9 @@
 // panel.inl.
 
 // Up to so many rows of activations a panel costs more to make than it saves.
-constexpr int FEW_ROWS = 8;
+constexpr int FEW_ROWS = 4;
+// Up to so many a panel is filled and met alone: what is read then weighs more than tiles that two panels share.
+constexpr int ALONE = 12;
 // Rows of weights that a thread takes at a time when they are few.
 constexpr int64_t SPAN = 64;
 
@@ -81,7 +83,7 @@ inline void matmul(const Matrix* matrices, int count, const float* x, int64_t x_
     float* sums = (float*)at;
     bool wanted[LAYOUTS] = {};
     for (int i = 0; i < count; i++) wanted[layout_of(matrices[i].format, many)] = true;
-    const int64_t step = many ? TOGETHER * PANEL : SPAN;
+    const int64_t step = !many ? SPAN : m > ALONE ? TOGETHER * PANEL : PANEL;
     int64_t next = 0, spans = 0;
     for (int i = 0; i < count; i++) spans += (matrices[i].rows + step - 1) / step;
 #pragma omp parallel num_threads(threads)

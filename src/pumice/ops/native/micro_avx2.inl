@@ -96,16 +96,15 @@ template <Format F> struct PanelChunk {
     // Eight numbers of eight rows as whole shares of each row's greatest, which has `top`; what one share is worth. If one
     // is no number or has no end, neither has that.
     static __m256 shares(const __m256 (&numbers)[8], int top, __m256i (&out)[8]) {
-        const __m256 no_sign = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff)), most = _mm256_set1_ps(float(top));
-        __m256 greatest = _mm256_setzero_ps(), sum = _mm256_setzero_ps();
-        for (const __m256 v : numbers) {
-            greatest = _mm256_max_ps(_mm256_and_ps(v, no_sign), greatest);
-            sum = _mm256_add_ps(sum, v);
-        }
-        const __m256 some = _mm256_cmp_ps(greatest, _mm256_setzero_ps(), _CMP_GT_OQ);
-        const __m256 inverse = _mm256_and_ps(_mm256_div_ps(most, greatest), some);
+        // As whole numbers: then what is no number is greater than what has no end.
+        __m256i greatest = _mm256_setzero_si256();
+        for (const __m256 v : numbers)
+            greatest = _mm256_max_epi32(_mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff)), greatest);
+        const __m256 size = _mm256_castsi256_ps(greatest), most = _mm256_set1_ps(float(top));
+        const __m256 some = _mm256_cmp_ps(size, _mm256_setzero_ps(), _CMP_GT_OQ);
+        const __m256 inverse = _mm256_and_ps(_mm256_div_ps(most, size), some);
         for (int j = 0; j < 8; j++) out[j] = _mm256_cvtps_epi32(_mm256_mul_ps(numbers[j], inverse));
-        return _mm256_add_ps(_mm256_div_ps(greatest, most), _mm256_mul_ps(_mm256_setzero_ps(), sum));
+        return _mm256_div_ps(size, most);
     }
 
     // What activations that are 128 too great add to the sums of centred levels is taken away.

@@ -19,12 +19,26 @@ template <Format F> void fill(PanelChunk<F>& panel, const Matrix& w, int64_t fir
         for (int r = 0; r < 8; r++) {
             const int64_t row = first + eight + r < w.rows ? first + eight + r : w.rows - 1;
             rows.row[r] = w.data + row * w.row_bytes + chunk * bytes;
-            // The next chunk comes while the tiles meet this one: no CPU foresees so many rows side by side.
-            for (int at = 0; at < bytes; at += 64) __builtin_prefetch(rows.row[r] + bytes + at, 0, 2);
         }
         put_eight<F>(rows, count, eight, panel);
     }
 }
+
+// What of the weights is wanted next: another chunk of the same rows, or after the last the first chunk of the rows that
+// follow. It comes while tiles meet this chunk, some rows at a time: no CPU foresees so many side by side.
+class NextChunk {
+    const uint8_t* at;
+    int64_t row_bytes, done = 0;
+
+   public:
+    NextChunk(const Matrix& w, int64_t first, int64_t last, int64_t from)
+        : at(from < 0 ? w.data + last * w.row_bytes : w.data + first * w.row_bytes + from), row_bytes(w.row_bytes) {}
+
+    template <int bytes> void bring(int64_t rows) {
+        for (; done < rows; done++, at += row_bytes)
+            for (int line = 0; line < bytes; line += 64) __builtin_prefetch(at + line, 0, 3);
+    }
+};
 
 // Rows `first` to `last` of weights, at most TOGETHER panels; `c` has room for TOGETHER * x.m * PANEL sums.
 template <Format F> void panels(const Matrix& w, const Activations& x, int64_t first, int64_t last, float* c) {
@@ -35,10 +49,15 @@ template <Format F> void panels(const Matrix& w, const Activations& x, int64_t f
     for (int64_t chunk = 0; chunk < x.chunks; chunk++) {
         const int count = x.count(chunk);
         for (int p = 0; p < count_of_panels; p++) fill<F>(panel[p], w, first + p * PANEL, chunk, count);
+        NextChunk next(w, first, last, chunk + 1 < x.chunks ? (chunk + 1) * chunk_bytes<F>(CHUNK) : -1);
+        const int64_t tiles = count_of_panels * ((x.m + most_rows - 1) / most_rows);
+        int64_t met = 0;
         for (int64_t m = 0; m < x.m; m += most_rows) {
             const int rows = int(x.m - m < most_rows ? x.m - m : most_rows);
-            for (int p = 0; p < count_of_panels; p++)
+            for (int p = 0; p < count_of_panels; p++) {
+                next.bring<int(chunk_bytes<F>(CHUNK))>(++met * (last - first) / tiles);
                 tile_of<F, most_rows>(rows, panel[p], count / 32, x.tile(chunk, m), c + (p * x.m + m) * PANEL);
+            }
         }
     }
     for (int p = 0; p < count_of_panels; p++) {
