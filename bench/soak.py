@@ -37,9 +37,9 @@ from pumice.model import Model, use_threads
 HERE = Path(__file__).resolve().parent
 LIMITS = Limits(feature_bytes=2**16, rows=16, chunk=48, alone_chunk=160)
 """Features of one picture at a time."""
-CANCELLED = 0.2
-"""Chances of a question that is asked by itself: a tenth of all are cancelled."""
-LONGEST_WAIT_S = 3.0
+CANCELLED = 0.4
+"""Chances of a question that is asked by itself. Many have ended before: about a tenth of all are cancelled."""
+LONGEST_WAIT_S = 20.0
 """Until a request is cancelled that was to be cancelled later."""
 AT_ONCE = 6
 """So many questions are asked together by `ask_all`."""
@@ -183,7 +183,7 @@ class Soak:
         """Others run the engine, this thread ends the request: at once, while it is read, or after some letters."""
         opened, letters = self.model._open(case.question()), draw.choice((0, 0, 1, 3))
         opened.start()
-        late = time.perf_counter() + (LONGEST_WAIT_S if letters else draw.random() * LONGEST_WAIT_S / 10)
+        late = time.perf_counter() + (LONGEST_WAIT_S if letters else draw.random() * LONGEST_WAIT_S / 20)
         text = ""
         while time.perf_counter() < late and not opened.ended and (not letters or len(text) < letters):
             time.sleep(0.002)
