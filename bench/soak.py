@@ -3,8 +3,8 @@
     python bench/soak.py [--requests 1000] [--minutes 0] [--threads 24] [--models pebble pebble:1.5]
 
 Requests are drawn from cases whose answers are known: each was asked alone, of an engine that had seen nothing. What
-ends must say the same, token by token; what is cancelled, the beginning of it. The cache is as small as it can be, so
-that pages are given away and rows lose theirs, which is counted. Ends with 1 if anything was wrong.
+ends must say the same, token by token; what is cancelled, the beginning of it. The cache has room for the longest turn
+alone, so that pages are given away and rows lose theirs, which is counted. Ends with 1 if anything was wrong.
 
 Both models answer at the same time, each by its own engine, `--requests` each, and more until `--minutes` are over.
 Writes bench/results-soak.md (`--output` names another file); memory is that of the process, each second (Linux).
@@ -31,17 +31,17 @@ from PIL import Image
 
 import pumice
 from pumice import Form, Limits, Question, Sampling
+from pumice.engine import Engine
 from pumice.model import Model, use_threads
 
 HERE = Path(__file__).resolve().parent
-LIMITS = Limits(cache_bytes=0, feature_bytes=2**16, rows=16, chunk=48, alone_chunk=160)
-"""Pages for one row of the model's whole length: about five pictures of the 1.6 form. Features of one picture at a
-time."""
-CANCELLED = 0.2
-"""Chances of a question that is asked by itself: a tenth of all are cancelled."""
-LONGEST_WAIT_S = 3.0
+LIMITS = Limits(feature_bytes=2**16, rows=16, chunk=48, alone_chunk=160)
+"""Features of one picture at a time."""
+CANCELLED = 0.4
+"""Chances of a question that is asked by itself. Many have ended before: about a tenth of all are cancelled."""
+LONGEST_WAIT_S = 20.0
 """Until a request is cancelled that was to be cancelled later."""
-AT_ONCE = 8
+AT_ONCE = 6
 """So many questions are asked together by `ask_all`."""
 PICTURES = 12
 WORDS = ("pebble", "river", "stone", "amber", "glass", "copper", "silver", "cloud", "ember", "harbour", "lantern")
@@ -69,6 +69,8 @@ class Case:
     sampling: Sampling
     form: Form | None = None
     expected: tuple[Said, ...] = ()
+    positions: int = 0
+    """What its longest turn takes."""
 
     def question(self) -> Question:
         """The first turn."""
@@ -108,7 +110,9 @@ def cases(model: Model, count: int) -> list[Case]:
         canary = " ".join(draw.choices(WORDS, k=draw.choice((1, 3, 12, 60))))
         image = draw.choice(pictures) if draw.random() < 0.6 else None
         first = f"{draw.choice(QUESTIONS)} {number}: {canary}."
-        sampling = Sampling(max_tokens=draw.choice((1, 8, 32, 160)), logit_bias=goes_on if draw.random() < 0.5 else ())
+        sampling = Sampling(
+            max_tokens=draw.choice((1, 8, 32, 160, 160)), logit_bias=goes_on if draw.random() < 0.7 else ()
+        )
         if draw.random() < 0.3:
             sampling = dataclasses.replace(sampling, temperature=draw.choice((0.5, 1.2)), seed=number, top_p=0.95)
         if draw.random() < 0.2:
@@ -127,7 +131,9 @@ def cases(model: Model, count: int) -> list[Case]:
 def alone(model: Model, case: Case) -> Case:
     """The case with its answers, by an engine that has seen nothing else."""
     model.limit(Limits())
-    return dataclasses.replace(case, expected=tuple(said(stream.answer) for stream in case.conversation(model)))
+    answers = [stream.answer for stream in case.conversation(model)]
+    longest = max(each.prompt_tokens for each in answers) + case.sampling.max_tokens
+    return dataclasses.replace(case, expected=tuple(map(said, answers)), positions=longest)
 
 
 def said(answer: pumice.Answer) -> Said:
@@ -143,7 +149,7 @@ class Soak:
     def __init__(self, model: Model, count: int) -> None:
         self.model, self.name = model, model.name
         self.cases = [alone(model, each) for each in cases(model, count)]
-        model.limit(LIMITS)
+        model.engine = Engine(model.network, LIMITS, max(each.positions for each in self.cases))
         self.counts: Counter[str] = Counter()
         self.wrong: list[str] = []
         self._lock = threading.Lock()
@@ -152,7 +158,7 @@ class Soak:
     def ask(self, draw: random.Random) -> None:
         """One case, or several at once, to their end or until they are cancelled."""
         case = draw.choice(self.cases)
-        if draw.random() < 0.2:
+        if draw.random() < 0.1:
             self._together(draw.choices(self.cases, k=AT_ONCE))
         elif draw.random() < 0.2 and case.form is None:
             self._ids(case)
@@ -177,7 +183,7 @@ class Soak:
         """Others run the engine, this thread ends the request: at once, while it is read, or after some letters."""
         opened, letters = self.model._open(case.question()), draw.choice((0, 0, 1, 3))
         opened.start()
-        late = time.perf_counter() + (LONGEST_WAIT_S if letters else draw.random() * LONGEST_WAIT_S / 10)
+        late = time.perf_counter() + (LONGEST_WAIT_S if letters else draw.random() * LONGEST_WAIT_S / 20)
         text = ""
         while time.perf_counter() < late and not opened.ended and (not letters or len(text) < letters):
             time.sleep(0.002)
