@@ -309,7 +309,7 @@ def test_where_flags_go(models: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch)
     assert "does not apply" not in cli("-m", path, "-p", "Hi", *SHORT, "-ngl", "0").err
     assert "does not apply" not in cli("-m", path, "-p", "Hi", *SHORT).err
     assert layers == [None, 0, None]
-    monkeypatch.setattr("pumice.model.chosen_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr("pumice.model.chosen_device", lambda device: torch.device(device or "cuda"))
     assert "does not apply" not in cli("-m", path, "-p", "Hi", *SHORT, "-ngl", "20").err
     assert layers[-1] == 20
 

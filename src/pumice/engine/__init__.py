@@ -51,10 +51,11 @@ class Engine:
         """positions: what the cache holds, whatever its bytes are."""
         self._network, self._limits = network, (limits := limits or Limits())
         self._device = network.like.device
-        end = network.language_model.norm.weight.device
-        if limits.deterministic and end.type != "cpu":
+        places = (self._device, network.language_model.norm.weight.device)
+        elsewhere = [each.type for each in places if each.type != "cpu"]
+        if limits.deterministic and elsewhere:
             raise UserError(
-                f"deterministic answers were asked for on {end.type}, where there are none",
+                f"deterministic answers were asked for on {elsewhere[0]}, where there are none",
                 hint="load the model with device='cpu', or leave deterministic out",
             )
         config = network.config.text
