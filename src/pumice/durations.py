@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 
 from pumice.errors import UserError
@@ -45,12 +44,17 @@ def read_duration(text: str) -> int:
             raise UserError(f"time: missing unit in duration {shown}", hint=_HINT)
         if unit not in _UNITS_NS:
             raise UserError(f"time: unknown unit {quoted(unit)} in duration {shown}", hint=_HINT)
-        # A fraction of a nanosecond is dropped, as there.
-        total += int(whole or 0) * _UNITS_NS[unit] + int(fraction or 0) * _UNITS_NS[unit] // 10 ** len(fraction)
+        total += int(whole or 0) * _UNITS_NS[unit] + _part_ns(fraction, _UNITS_NS[unit])
         at = found.end()
     if total > FOREVER_NS + (text[0] == "-"):
         raise UserError(f"time: invalid duration {shown}", hint=_HINT)
     return -total if text[0] == "-" else total
+
+
+def _part_ns(fraction: str, unit_ns: int) -> int:
+    """Nanoseconds of the digits after a point. As there: in float64, of the digits that an int64 holds."""
+    digits = fraction[:19] if int(fraction[:19] or 0) < FOREVER_NS else fraction[:18]
+    return int(float(digits or 0) * (unit_ns / 10 ** len(digits)))
 
 
 def duration_text(nanoseconds: int) -> str:
@@ -79,7 +83,7 @@ def keep_alive(value: object) -> int | None:
         return None
     if isinstance(value, str):
         nanoseconds = read_duration(value)
-    elif isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value):
+    elif isinstance(value, int | float) and not isinstance(value, bool) and value == value:  # NaN is no length
         # Beyond 292 years is forever too.
         nanoseconds = int(value * SECOND_NS) if 0 <= value < FOREVER_NS // SECOND_NS else -1
     else:
