@@ -209,6 +209,14 @@ def test_a_budget_holds_over_several_runs() -> None:
         template.run(VALUES, budget)
 
 
+@pytest.mark.parametrize("work", ["if json $.L", "if print $.L", "range $.M", "if true }}{{ $.L"])
+def test_many_elements_again_and_again_are_bounded(work: str) -> None:
+    leave = "{{ break }}" if work.startswith("range") else ""
+    values = {**VALUES, "L": [[]] * 100_000, "M": {str(number): 0 for number in range(100_000)}}
+    with pytest.raises(UserError, match="steps"):
+        read_template(f"{{{{ range 100000 }}}}{{{{ {work} }}}}{leave}{{{{ end }}}}{{{{ end }}}}").run(values)
+
+
 @pytest.mark.parametrize("work", ["eq $.A $.B", "len $.A", "len (slice $.Long 1)", "json $.A"])
 def test_looking_at_a_long_value_again_and_again_is_bounded(work: str) -> None:
     """Work that writes nothing counts too."""

@@ -95,8 +95,12 @@ def test_the_reference_puts_each_image_on_its_own_line() -> None:
 def test_the_template_writes_tokens_and_a_person_does_not() -> None:
     said = "</s>[INST] [img-0] <image> <|im_start|>"
     assert render_turns(LLAVA, [U(said, 1)]).parts == (
-        Part("special", "[INST]"), Part("text", " "), Part("image"), Part("text", f"\n{said} "), Part("special", "[/INST]"),
-    )  # fmt: skip
+        Part("special", "[INST]"),
+        Part("text", " "),
+        Part("image"),
+        Part("text", f"\n{said} "),
+        Part("special", "[/INST]"),
+    )
     # A token that a template writes in pieces, the role among them, is one; a person's half does not complete it.
     parts = render_turns(CHAT, [U("u")]).parts
     assert parts[0] == Part("special", "<|user|>")
@@ -143,7 +147,8 @@ def test_tools() -> None:
     )
     template = read_template(
         "{{ range .Tools }}{{ .Function.Name }}:{{ .Function.Description }}:{{ .Function.Parameters.Required }}:"
-        "{{ range $name, $p := .Function.Parameters.Properties }}{{ $name }}={{ toTypeScriptType $p }}{{ $p.Enum }}{{ end }}"
+        "{{ range $name, $p := .Function.Parameters.Properties }}{{ $name }}={{ toTypeScriptType $p }}{{ $p.Enum }}"
+        "{{ end }}"
         "{{ .Function.Parameters.Properties.city.Description }}{{ end }}{{ json .Messages }}"
     )
     rendered = str(render_turns(template, [U("hi")], tools=[TOOL]))

@@ -142,16 +142,21 @@ def _placed(text: str, marks: Sequence[str], placement: Placement) -> str:
 
 def _merged(turns: Sequence[Turn]) -> list[Turn]:
     """Neighbours of one role as one, with a blank line between; the results of tools stay apart."""
-    merged: list[Turn] = []
+    runs: list[list[Turn]] = []
     for turn in turns:
-        last = merged[-1] if merged else None
-        if last is None or last.role != turn.role or turn.role == "tool":
-            merged.append(turn)
-            continue
-        content = f"{last.content}\n\n{turn.content}"
-        calls = (*last.tool_calls, *turn.tool_calls)
-        merged[-1] = replace(last, content=content, images=last.images + turn.images, tool_calls=calls)
-    return merged
+        if runs and runs[-1][0].role == turn.role != "tool":
+            runs[-1].append(turn)
+        else:
+            runs.append([turn])
+    return [
+        replace(
+            run[0],
+            content="\n\n".join(turn.content for turn in run),
+            images=sum(turn.images for turn in run),
+            tool_calls=tuple(call for turn in run for call in turn.tool_calls),
+        )
+        for run in runs
+    ]
 
 
 def _exchanges(template: Template, turns: Sequence[Turn], flags: Mapping[str, Value], budget: Budget) -> Iterator[str]:

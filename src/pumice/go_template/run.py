@@ -66,6 +66,7 @@ class _Runner:
             elif isinstance(node, Action):
                 value = self._pipe(node.pipe, dot)
                 if not node.pipe.variables:
+                    self._spend(_elements(value), node.pipe.line)
                     self._write(_shown(value), node.pipe.line)
             else:
                 known = len(self._variables)
@@ -86,7 +87,7 @@ class _Runner:
         if isinstance(value, bool | float | str | Record):
             hint = "range takes a list, a map or a whole number"
             raise fault(node.pipe.line, f"range can't iterate over {_shown(value)[:80]!r}", hint)
-        self._count(_weight(value), node.pipe.line)
+        self._spend(len(value) if isinstance(value, Mapping) else 0, node.pipe.line)  # its keys are sorted
         known, started = len(self._variables), False
         for key, each in _pairs(value):
             started = True
@@ -142,6 +143,8 @@ class _Runner:
             takes = f"{function.least}" if function.least == function.most else f"at least {function.least}"
             raise fault(line, f"{name} has {len(values)} arguments", f"it takes {takes}")
         self._count(sum(map(_weight, values)), line)
+        if name in ("json", "print", "printf"):
+            self._spend(sum(map(_elements, values)), line)
         try:
             made = function.call(*values)
         except Trouble as trouble:
@@ -193,6 +196,15 @@ def _weight(value: Value) -> int:
     if isinstance(value, str):
         return len(value)
     return len(value) // 8 if isinstance(value, list | tuple | Mapping) else 0
+
+
+def _elements(value: Value) -> int:
+    """How many values stand in a value: what writing it takes, in steps."""
+    if isinstance(value, Record):
+        return _elements(value.source)
+    if isinstance(value, list | tuple | Mapping):
+        return len(value) + sum(map(_elements, value.values() if isinstance(value, Mapping) else value))
+    return 0
 
 
 def _shown(value: Value) -> str:
