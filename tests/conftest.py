@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,10 @@ import torch
 
 from pumice import ops
 from pumice.engine import passes
+
+# What is installed on the machine at hand is no part of a test, nor of what a test starts.
+NOWHERE = str(Path(__file__).resolve().parent / "no-such-folder")
+os.environ |= dict.fromkeys(("PUMICE_HOME", "OLLAMA_MODELS", "HF_HUB_CACHE"), NOWHERE)
 
 # Tiny networks: a second thread costs more than it brings, and the tests run in two processes.
 torch.set_num_threads(1)
@@ -35,6 +40,14 @@ def reference(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"the reference results are not here: {path}")
     return path
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with one for each store of this test: `home`, `ollama` and `hub`, where they are made."""
+    for variable, name in (("PUMICE_HOME", "home"), ("OLLAMA_MODELS", "ollama"), ("HF_HUB_CACHE", "hub")):
+        monkeypatch.setenv(variable, str(tmp_path / name))
+    return tmp_path
 
 
 @pytest.fixture

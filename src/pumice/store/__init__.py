@@ -50,8 +50,8 @@ class Files:
     """A checkpoint folder, or a file."""
     beside: tuple[Path, ...] = ()
     """What belongs to it and lies elsewhere: the projector of a model in a store."""
-    is_blob: bool = False
-    """Is `path` named by the digest of its bytes, which must not change?"""
+    stored: Stored | None = None
+    """The model, where it lies in a store: then `path` is named by the digest of its bytes, which must not change."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def files(name: str | Path) -> Files:
     if str(name) not in BUNDLED and os.path.isfile(path):
         return Files(path.absolute().name, path)
     if found := find(str(name)):
-        return Files(found.title, found.path, found.beside, is_blob=isinstance(found, Stored))
+        return Files(found.title, found.path, found.beside, found if isinstance(found, Stored) else None)
     if os.path.isdir(path):
         return Files(path.absolute().name, path)
     if os.path.exists(path):
@@ -97,7 +97,7 @@ def read(name: str | Path, *, beside: Sequence[str | Path] = (), template: str |
 
     found = files(name)
     others = tuple(resolve(each) for each in beside) or found.beside
-    if not found.is_blob:
+    if found.stored is None:
         return checkpoints.read(found.path, beside=others, template=template)
     try:
         return checkpoints.read(found.path, beside=others, template=template)

@@ -154,7 +154,7 @@ class Blobs:
         return layer
 
     def put_whole(self, path: Path, data: bytes) -> None:
-        """A small file of the store that is no blob, whole or not at all. The store must be `locked`. Raises OSError."""
+        """A small file that is no blob, whole or not at all. The store must be `locked`. Raises OSError."""
         part, file = self._begin()
         try:
             with file:

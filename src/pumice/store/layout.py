@@ -85,6 +85,8 @@ class OwnStore(Store):
     def remove(self, name: Name) -> Name | None:
         """Forget a model and remove the blobs that no other one has. Its name as it was spelled; None if it is not
         here. Raises UserError."""
+        if self._path(name) is None:
+            return None
         with writing(self.root), locked(self.root):
             path = self._path(name)
             if path is None:

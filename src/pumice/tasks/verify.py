@@ -95,7 +95,7 @@ def compare(model: str | Path | Source, against: str | Path | Source | None, how
 def _check_keeps(source: Source) -> None:
     """Raises UserError for a model that cannot keep a card."""
     found = store.files(source.name)
-    if found.is_blob:
+    if found.stored is not None:
         raise UserError(
             f"{found.title} lies in a store, whose files have the names of their bytes",
             hint="print the card with --json and keep that",
