@@ -60,9 +60,7 @@ def show(
     model: ModelName,
     template: Annotated[
         str | None,
-        typer.Option(
-            "--template", help="Print the template of a model in a store; with a NAME, show the model with it."
-        ),
+        typer.Option("--template", help="Print only the template of the store; with a NAME, take another one."),
     ] = None,
     preprocess: Preprocess = None,
     beside: Beside = None,

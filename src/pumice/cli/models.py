@@ -35,7 +35,7 @@ def list_models(
         print(f"warning: {error.message}", file=sys.stderr)
 
 
-def remove(models: Annotated[list[str], typer.Argument(help="Names of models.", metavar="MODEL...")]) -> None:
+def remove(models: Annotated[list[str], typer.Argument(help="Names of models.", metavar="MODEL")]) -> None:
     """Remove models from pumice's own store."""
     for text in models:
         try:
