@@ -14,6 +14,10 @@ from pumice.engine import passes
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which happens later
 
+# What is installed on the machine at hand is no part of a test, nor of what a test starts.
+NOWHERE = str(Path(__file__).resolve().parent / "no-such-folder")
+os.environ |= dict.fromkeys(("PUMICE_HOME", "OLLAMA_MODELS", "HF_HUB_CACHE"), NOWHERE)
+
 # Tiny networks: a second thread costs more than it brings, and the tests run in two processes.
 torch.set_num_threads(1)
 
@@ -39,6 +43,14 @@ def reference(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"the reference results are not here: {path}")
     return path
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with one for each store of this test: `home`, `ollama` and `hub`, where they are made."""
+    for variable, name in (("PUMICE_HOME", "home"), ("OLLAMA_MODELS", "ollama"), ("HF_HUB_CACHE", "hub")):
+        monkeypatch.setenv(variable, str(tmp_path / name))
+    return tmp_path
 
 
 @pytest.fixture

@@ -81,7 +81,9 @@ def refused(done: Done, *words: str) -> None:
 def test_help_is_golden_and_light() -> None:
     environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
     pages = []
-    verbs = ("run", "classify", "show", "prompt", "plan", "verify", "convert", "quantize", "list", "llava-cli")
+    verbs = (
+        "run", "classify", "show", "prompt", "plan", "verify", "convert", "quantize", "list", "rm", "cp", "llava-cli",
+    )  # fmt: skip
     for verb in ("", *verbs):
         done = subprocess.run(
             [sys.executable, "-c", AS_PUMICE, *verb.split(), "--help"],
@@ -152,7 +154,7 @@ def test_show_and_list(command: Command, folder: Path) -> None:
     assert facts["weights_bytes"] == 4 * facts["parameters"]
     assert facts["template"] == "vicuna_v1"
     assert "3 layers" in command("show", folder).out
-    assert command("list").out.startswith("pebble")
+    assert "\npebble:1.5 " in command("list").out
 
 
 def test_version(command: Command) -> None:

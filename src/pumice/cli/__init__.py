@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pumice.cli import classify, convert, llava_cli, llava_flags, look, plan, run, verify
+from pumice.cli import classify, convert, llava_cli, llava_flags, look, models, plan, run, verify
 from pumice.cli.terminal import prepare_streams, print_error
 from pumice.errors import UserError
 
@@ -36,6 +36,20 @@ def guarded(verb: Callable[..., None]) -> Callable[..., None]:
     return run_guarded
 
 
+def as_ollama(verb: Callable[..., None]) -> Callable[..., None]:
+    """A verb that Ollama has too: its errors begin as Ollama's, and their exit code is 1."""
+
+    @functools.wraps(verb)
+    def run_verb(*arguments: Any, **options: Any) -> None:
+        try:
+            verb(*arguments, **options)
+        except UserError as error:
+            print_error(error, mark="Error")
+            sys.exit(1)
+
+    return guarded(run_verb)
+
+
 app = typer.Typer(
     name="pumice",
     help="LLaVA 1.5 and 1.6 on your own machine: ask an image a question.",
@@ -44,17 +58,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done, 1 a bug of ours or bounds not met, 2 something given was wrong, 130 stopped by you.",
+    epilog="Exit codes: 0 done, 1 a bug of ours or bounds not met, 2 something given was wrong "
+    "(list, rm, cp: 1, as Ollama), 130 stopped by you.",
 )
 app.command("run")(guarded(run.run))
 app.command("classify")(guarded(classify.classify))
-app.command("show")(guarded(look.show))
+app.command("show", cls=look.ShowCommand)(guarded(look.show))
 app.command("prompt")(guarded(look.prompt))
 app.command("plan")(guarded(plan.plan))
 app.command("verify")(guarded(verify.verify))
 app.command("convert")(guarded(convert.convert))
 app.command("quantize")(guarded(convert.quantize))
-app.command("list")(guarded(look.list_models))
+app.command("list")(as_ollama(models.list_models))
+app.command("ls", hidden=True)(as_ollama(models.list_models))
+app.command("rm")(as_ollama(models.remove))
+app.command("cp")(as_ollama(models.copy))
 app.command(
     "llava-cli",
     help=llava_flags.help_text(),

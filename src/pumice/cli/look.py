@@ -1,20 +1,21 @@
-"""`pumice show`, `pumice prompt`, `pumice list`: what a model is, and what it sees. No weights are read."""
+"""`pumice show`, `pumice prompt`: what a model is, and what it sees. No weights are read."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from pumice import store
-from pumice.cli import options
+from pumice.cli import blocks, options
 from pumice.cli.options import (
     AsJson,
     Beside,
@@ -36,30 +37,69 @@ if TYPE_CHECKING:
     from pumice.image import Prepared
     from pumice.question import Prompter, Question, Seen
 
+OWN = ":own"
+"""Stands for the template that a model has itself; no template is called so."""
 WHOSE = {"hf": "Transformers'", "original": "the authors'"}
 
 
-def list_models() -> None:
-    """List the models inside the package."""
-    for name, folder in store.BUNDLED.items():
-        print(f"{name:12} {folder}")
+class ShowCommand(TyperCommand):
+    """`--template` alone is Ollama's, which prints the model's own; with a name it is pumice's, which takes another."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, list(_lone_template_marked(args)))
+
+
+def _lone_template_marked(args: Sequence[str]) -> Iterator[str]:
+    words = sum(not each.startswith("-") for each in args)
+    for number, each in enumerate(args):
+        alone = words < 2 or number + 1 == len(args) or args[number + 1].startswith("-")
+        yield f"--template={OWN}" if each == "--template" and alone else each
 
 
 def show(
     model: ModelName,
-    template: Template = None,
+    template: Annotated[
+        str | None,
+        typer.Option("--template", help="Print only the template of the store; with a NAME, take another one."),
+    ] = None,
     preprocess: Preprocess = None,
     beside: Beside = None,
     as_json: AsJson = False,
+    license: Annotated[bool, typer.Option("--license", help="Print only the licence.")] = False,
+    modelfile: Annotated[bool, typer.Option("--modelfile", help="Print only the Modelfile.")] = False,
+    parameters: Annotated[bool, typer.Option("--parameters", help="Print only the parameters.")] = False,
+    system: Annotated[bool, typer.Option("--system", help="Print only the system text.")] = False,
 ) -> None:
     """Show what a model is: sizes, template, image rules, the memory it will need."""
-    checkpoint = options.source(model, template, preprocess, beside).checkpoint()
+    found = store.files(model)
+    asked = (license, modelfile, parameters, system, template == OWN)
+    texts = [what for what, is_asked in zip(blocks.TEXTS, asked) if is_asked]
+    if len(texts) > 1:
+        options_ = "'--license', '--modelfile', '--parameters', '--system', or '--template'"
+        raise UserError(f"only one of {options_} can be specified", hint="give one of them")
+    if texts:
+        print(blocks.text_of(found, texts[0]))
+        return
+    try:
+        checkpoint = options.source(model, template, preprocess, beside).checkpoint()
+    except UserError:
+        if found.stored is not None and not as_json:
+            _print_lines(blocks.blocks(found.stored, None))
+        raise
     facts = described(checkpoint) | _card(checkpoint.path)
     if as_json:
-        print(json.dumps(facts, ensure_ascii=False))
+        kept = {} if found.stored is None else {"store": blocks.kept(found.stored)}
+        print(json.dumps(facts | kept, ensure_ascii=False))
         return
+    if found.stored is not None:
+        _print_lines(blocks.blocks(found.stored, checkpoint))
     for name, value in facts.items():
         print(f"{name.replace('_', ' '):24} {_shown(name, value)}")
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line)
 
 
 def described(checkpoint: Checkpoint) -> dict[str, object]:

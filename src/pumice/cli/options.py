@@ -22,7 +22,7 @@ class Rule(enum.StrEnum):
 
 ModelName = Annotated[
     str,
-    typer.Argument(help="A checkpoint folder, a .gguf file, or a bundled model: pebble, pebble:1.5.", metavar="MODEL"),
+    typer.Argument(help="A checkpoint folder, a .gguf file, or a name that `pumice list` shows.", metavar="MODEL"),
 ]
 PromptText = Annotated[
     str | None, typer.Argument(help="What to ask. Paths of images in it are attached.", metavar="[PROMPT]")

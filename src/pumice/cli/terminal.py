@@ -18,9 +18,9 @@ def prepare_streams() -> None:
             stream.reconfigure(errors=errors)
 
 
-def print_error(error: UserError) -> None:
+def print_error(error: UserError, *, mark: str = "error") -> None:
     """Two lines: what is wrong, and what to do."""
-    print(f"error: {_one_line(error.message)}\n{_one_line(error.hint)}", file=sys.stderr)
+    print(f"{mark}: {_one_line(error.message)}\n{_one_line(error.hint)}", file=sys.stderr)
 
 
 def _one_line(text: str) -> str:
