@@ -296,7 +296,8 @@ def _remembered(chat: Chat, question: Question, opened: Answering) -> Iterator[s
 class Source:
     """Where a model comes from, and what is to differ from what its files say.
 
-    name: a folder in Hugging Face's or the LLaVA authors' format, a .gguf file, or a bundled model (`pebble`).
+    name: a folder in Hugging Face's or the LLaVA authors' format, a .gguf file, or a model that is installed (`pebble`,
+    `llava:7b`).
     template: a prompt template's name instead of the checkpoint's own. preprocess: `hf` or `original`, whose rules
     images follow instead of the checkpoint's. beside: what else the checkpoint needs: the CLIP tower of an authors' 1.5
     folder, the language model under a LoRA or a lone projector, the mmproj file of a GGUF; each is known by itself.
@@ -309,8 +310,7 @@ class Source:
 
     def checkpoint(self) -> checkpoints.Checkpoint:
         """The checkpoint with these choices applied, its weights not yet read."""
-        beside = [store.resolve(each) for each in self.beside]
-        found = checkpoints.read(store.resolve(self.name), beside=beside, template=self.template)
+        found = store.read(self.name, beside=self.beside, template=self.template)
         if self.template is not None:
             found = _ending_with(found, prompt.TEMPLATES[found.config.template].end)
         if self.preprocess is None:

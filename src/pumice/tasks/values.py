@@ -93,8 +93,7 @@ class Subject:
 
 def _last_part(source: Source) -> str:
     """A card travels with its file: it names no folders of whoever made it."""
-    name = str(source.name)
-    return name if name in store.BUNDLED else store.resolve(name).absolute().name
+    return store.files(source.name).title
 
 
 @dataclass(frozen=True, eq=False)

@@ -80,7 +80,7 @@ def compare(model: str | Path | Source, against: str | Path | Source | None, how
     source = _source(model)
     reference = _source(against) if against is not None else Source(_values_beside(source))
     if how.keep:
-        check_room(store.resolve(source.name))
+        _check_keeps(source)
     subject = Subject.of(source)
     asked = probes(how.images, eyes=subject.tile_px > 0)
     values = _values(reference, subject, asked, how)
@@ -90,6 +90,17 @@ def compare(model: str | Path | Source, against: str | Path | Source | None, how
     if how.keep:
         write_card(store.resolve(source.name), card.to_json())
     return card
+
+
+def _check_keeps(source: Source) -> None:
+    """Raises UserError for a model that cannot keep a card."""
+    found = store.files(source.name)
+    if found.is_blob:
+        raise UserError(
+            f"{found.title} lies in a store, whose files have the names of their bytes",
+            hint="print the card with --json and keep that",
+        )
+    check_room(found.path)
 
 
 def _told(how: How, what: str, total: int, done: int) -> None:
@@ -136,7 +147,7 @@ def _values_beside(source: Source) -> Path:
     beside = (path if path.is_dir() else path.parent) / VALUES_NAME
     if not beside.is_file():
         raise UserError(
-            f"there is nothing to compare {path.name} with, and no {VALUES_NAME} beside it",
+            f"there is nothing to compare {store.files(source.name).title} with, and no {VALUES_NAME} beside it",
             hint="name another build or a file of values with --against",
         )
     return beside

@@ -1,0 +1,232 @@
+"""Files that are named by the digest of their bytes: `blobs/sha256-HEX`.
+
+A blob appears whole, verified and on the disk, or not at all. A symlink at a blob's name is no blob: it is never
+followed, and put out of the way when the blob is written. What is being written has a dotted name and is held by a lock
+of its own, which ends with its process, so that leavings can be told from work.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import secrets
+import stat
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from io import FileIO
+from pathlib import Path
+from typing import IO
+
+from pumice.errors import UserError, shortened
+from pumice.store.manifest import Layer
+
+STRETCH = 2**20
+"""Bytes read at once."""
+PATIENCE_S = 60
+_READ_ONLY = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+"""O_NONBLOCK: to open a pipe would wait for its writer."""
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """A file to read, which is no symlink, pipe or device. Raises OSError."""
+    file = os.open(path, _READ_ONLY)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise OSError(0, "it is no regular file", str(path))
+    return os.fdopen(file, "rb")
+
+
+def chunks(file: IO[bytes]) -> Iterator[bytes]:
+    """The rest of a file, in stretches."""
+    while data := file.read(STRETCH):
+        yield data
+
+
+def told(files: Iterable[IO[bytes]]) -> str:
+    """The SHA-256 of the rest of some files, one behind the other, in hexadecimal digits."""
+    found = hashlib.sha256()
+    for file in files:
+        for data in chunks(file):
+            found.update(data)
+    return found.hexdigest()
+
+
+@contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """The folder of a store, for this thread of this process alone. Held for moments, never for the length of a copy.
+
+    Raises OSError, and UserError where another one holds it for longer than any of them needs.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    file = os.open(root / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        until = time.monotonic() + PATIENCE_S
+        while not _taken(file):
+            if time.monotonic() > until:
+                raise UserError(f"another process has been changing {root} for {PATIENCE_S} s", hint="wait, or end it")
+            time.sleep(0.01)
+        yield
+    finally:
+        os.close(file)
+
+
+def _taken(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Turns what the system says about a place that does not take bytes into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{place} cannot be written: {error.strerror or error}", hint="check the disk's free space and the folder"
+        ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """The names in a folder, onto the disk. Raises OSError."""
+    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+class Blobs:
+    """The blobs of one store, whose folder is `root`."""
+
+    def __init__(self, root: Path) -> None:
+        self._root, self.folder = root, root / "blobs"
+
+    def path(self, layer: Layer) -> Path:
+        """Where the blob is, or would be."""
+        return self.folder / layer.file_name
+
+    def has(self, layer: Layer) -> bool:
+        """Is the blob here, of the layer's size? Its bytes are not looked at."""
+        try:
+            found = os.lstat(self.path(layer))
+        except OSError:
+            return False
+        return stat.S_ISREG(found.st_mode) and found.st_size == layer.size
+
+    def read(self, layer: Layer, most: int) -> bytes:
+        """The bytes of a small blob, verified. Raises UserError for one that is missing, damaged or beyond `most`."""
+        if layer.size > most:
+            raise _damaged(layer, f"has {layer.size} bytes, of which {most} are read")
+        try:
+            with open_regular(self.path(layer)) as file:
+                data = file.read(layer.size + 1)
+        except OSError as error:
+            raise _damaged(layer, f"cannot be read: {error.strerror or error}") from error
+        if len(data) != layer.size or f"sha256:{hashlib.sha256(data).hexdigest()}" != layer.digest:
+            raise _damaged(layer, "has other bytes than its name says")
+        return data
+
+    def put(self, data: Iterable[bytes], media_type: str, *, digest: str | None = None) -> Layer:
+        """Write a blob and return its layer; a blob that is here already stays as it is. digest: what it must be.
+
+        Raises UserError: other bytes than those of the digest, a disk that does not take them. Then no blob is there.
+        """
+        with writing(self.folder), locked(self._root):
+            part, file = self._begin()
+        try:
+            with file:
+                layer = self._poured(data, file, media_type)
+                if digest not in (None, layer.digest):
+                    raise UserError(
+                        f"digest mismatch: {shortened(str(digest))} was expected, {layer.digest} came",
+                        hint="the file must be fetched again",
+                    )
+                if not self.has(layer):
+                    with writing(self.folder):
+                        _settle(file, part, self.path(layer))
+        finally:
+            part.unlink(missing_ok=True)
+        return layer
+
+    def put_whole(self, path: Path, data: bytes) -> None:
+        """A small file of the store that is no blob, whole or not at all. The store must be `locked`. Raises OSError."""
+        part, file = self._begin()
+        try:
+            with file:
+                _write(file, data)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _settle(file, part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def take(self, path: Path, layer: Layer) -> None:
+        """A file of this disk as a blob: a second name of it where the system allows one, else a copy. The file itself
+        stays as it is.
+
+        Raises UserError as `put` does, and where the file's bytes are not the layer's.
+        """
+        if self.has(layer):
+            return
+        try:
+            with open_regular(path) as file:
+                if f"sha256:{told([file])}" != layer.digest:
+                    raise _damaged(layer, "has other bytes than its name says")
+                with suppress(OSError):
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    os.link(path, self.path(layer), follow_symlinks=False)
+                    sync_folder(self.folder)
+                    return
+                file.seek(0)
+                self.put(chunks(file), layer.media_type, digest=layer.digest)
+        except OSError as error:
+            why = error.strerror or error
+            raise UserError(f"{path} cannot be read: {why}", hint="check who may read it") from error
+
+    def remove(self, layer: Layer) -> None:
+        """Raises OSError."""
+        self.path(layer).unlink(missing_ok=True)
+
+    def _begin(self) -> tuple[Path, FileIO]:
+        """A new file for its owner alone, held by a lock. The store must be locked: so no file is seen before it is
+        held, and what is not held was left by a writer that is gone, and goes."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for old in self.folder.glob(".*.part"):
+            with suppress(OSError), open_regular(old) as leaving:
+                fcntl.flock(leaving, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                old.unlink(missing_ok=True)
+        part = self.folder / f".{secrets.token_hex(8)}.part"
+        file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return part, FileIO(file, "w")
+
+    def _poured(self, data: Iterable[bytes], file: FileIO, media_type: str) -> Layer:
+        digest, size = hashlib.sha256(), 0
+        for each in data:
+            with writing(self.folder):
+                _write(file, each)
+            digest.update(each)
+            size += len(each)
+        return Layer(media_type, f"sha256:{digest.hexdigest()}", size)
+
+
+def _write(file: FileIO, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+def _settle(file: FileIO, part: Path, path: Path) -> None:
+    """All bytes onto the disk, for everybody to read, as Ollama has it, and under their name."""
+    os.fchmod(file.fileno(), 0o644)
+    os.fsync(file.fileno())
+    os.replace(part, path)
+    sync_folder(path.parent)
+
+
+def _damaged(layer: Layer, why: str) -> UserError:
+    return UserError(f"the blob {layer.file_name} {why}", hint="the store is damaged; get the model again")
