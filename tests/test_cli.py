@@ -81,7 +81,7 @@ def refused(done: Done, *words: str) -> None:
 def test_help_is_golden_and_light() -> None:
     environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
     pages = []
-    verbs = ("run", "show", "prompt", "plan", "verify", "convert", "quantize", "list", "llava-cli")
+    verbs = ("run", "show", "prompt", "plan", "verify", "convert", "quantize", "pull", "push", "list", "llava-cli")
     for verb in ("", *verbs):
         done = subprocess.run(
             [sys.executable, "-c", AS_PUMICE, *verb.split(), "--help"],

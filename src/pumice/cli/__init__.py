@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pumice.cli import convert, llava_cli, llava_flags, look, plan, run, verify
+from pumice.cli import convert, llava_cli, llava_flags, look, plan, run, transfer, verify
 from pumice.cli.terminal import prepare_streams, print_error
 from pumice.errors import UserError
 
@@ -53,6 +53,8 @@ app.command("plan")(guarded(plan.plan))
 app.command("verify")(guarded(verify.verify))
 app.command("convert")(guarded(convert.convert))
 app.command("quantize")(guarded(convert.quantize))
+app.command("pull")(guarded(transfer.pull))
+app.command("push")(guarded(transfer.push))
 app.command("list")(guarded(look.list_models))
 app.command(
     "llava-cli",

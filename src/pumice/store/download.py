@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pumice.errors import UserError, shortened
+from pumice.store.blobs import Blobs, sync_folder
 from pumice.store.link import Answer, Unreachable
-from pumice.store.partial import MB, Blob, Part, Partial, blob_path, hexadecimal, is_there
+from pumice.store.manifest import Layer
+from pumice.store.partial import MB, Part, Partial
 
 STREAMS = 8
 """How many parts come at once."""
@@ -49,58 +51,59 @@ class Patience:
     wait_s: float = 1.0
 
 
-def fetch(folder: Path, blob: Blob, ask: Ask, patience: Patience) -> Iterator[int]:
+def fetch(blobs: Blobs, layer: Layer, ask: Ask, patience: Patience) -> Iterator[int]:
     """Bring all bytes of a blob into its partial file; yields how many are there, some times a second. `seal` makes it
     a blob.
 
     Whoever else brings the same blob is waited for. Closing the iterator ends the transfer and keeps what came.
     Raises UserError: the server gave up or sent what was not declared, or the disk is full.
     """
-    with _disk():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = Partial(folder, blob)
+    with on_disk():
+        blobs.folder.mkdir(parents=True, exist_ok=True)
+        partial = Partial(blobs.path(layer), layer.size)
         with partial.locked() as handle:
             while handle.wait():
                 yield partial.completed()
-            if is_there(folder, blob):
-                yield blob.size
+            if blobs.has(layer):
+                yield layer.size
                 return
             partial.open(handle.descriptor)
-            _refuse_full(folder, blob.size - partial.completed())
+            _refuse_full(blobs.folder, layer.size - partial.completed())
             try:
                 try:
                     yield from _Transfer(partial, ask, patience).run()
                 except _NoRanges:
-                    partial.lay_out(blob.size)
+                    partial.lay_out(layer.size)
                     yield from _Transfer(partial, ask, patience).run()
             except _Broken:
                 partial.remove()
                 raise
 
 
-def seal(folder: Path, blob: Blob) -> None:
+def seal(blobs: Blobs, layer: Layer) -> None:
     """Check the sha256 of a partial file that is complete, and make it the blob.
 
     Raises UserError where it is another: then the file is deleted, and what is known of it.
     """
-    with _disk():
-        partial = Partial(folder, blob)
+    with on_disk():
+        partial = Partial(blobs.path(layer), layer.size)
         with partial.locked() as handle:
             while handle.wait():
                 pass
-            if is_there(folder, blob):
+            if blobs.has(layer):
                 return
             with os.fdopen(os.dup(handle.descriptor), "rb") as file:
                 file.seek(0)
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != hexadecimal(blob.digest):
+                found = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+            if found != layer.digest:
                 partial.remove()
                 raise UserError(
-                    f"digest mismatch, file must be downloaded again: want {blob.digest}, got sha256:{found}",
+                    f"digest mismatch, file must be downloaded again: want {layer.digest}, got {found}",
                     hint="try again; where it happens again, the registry's file is broken",
                 )
             os.fsync(handle.descriptor)
-            os.replace(partial.path, blob_path(folder, blob))
+            os.replace(partial.path, blobs.path(layer))
+            sync_folder(blobs.folder)
             partial.forget()
 
 
@@ -137,7 +140,7 @@ class _Transfer:
         if self._problems:
             raise self._problems[0]
         assert not any(each.left for each in self._partial.parts)
-        yield self._partial.blob.size
+        yield self._partial.size
 
     def _work(self, descriptor: int) -> None:
         try:
@@ -173,7 +176,7 @@ class _Transfer:
 
     def _stream(self, part: Part, descriptor: int) -> None:
         """One request, and the bytes that it brings."""
-        whole = part.Completed == 0 and part.Size == self._partial.blob.size
+        whole = part.Completed == 0 and part.Size == self._partial.size
         headers = {} if whole else {"Range": f"bytes={part.at}-{part.Offset + part.Size - 1}"}
         with self._ask(headers) as answer, self._live_while(answer):
             self._check(answer, part, whole)
@@ -202,7 +205,7 @@ class _Transfer:
 
     def _check(self, answer: Answer, part: Part, whole: bool) -> None:
         """Raises unless the body to come is what was asked for."""
-        size, end = self._partial.blob.size, part.Offset + part.Size - 1
+        size, end = self._partial.size, part.Offset + part.Size - 1
         length = answer.headers.get("content-length")
         match answer.status:
             case 200 if whole:
@@ -238,7 +241,7 @@ def _refuse_full(folder: Path, size: int) -> None:
 
 
 @contextmanager
-def _disk() -> Iterator[None]:
+def on_disk() -> Iterator[None]:
     """What the system says of the disk, in words of ours and without its paths."""
     try:
         yield

@@ -29,7 +29,7 @@ MOST_REDIRECTS = 10
 CONNECT_S, WHOLE_S = 10.0, 60.0
 """Seconds for a connection, and for a small answer as a whole."""
 PORTS = {"https": 443, "http": 80}
-INNER_HINT = "a registry on this machine or its own network needs --insecure: with http, or with https:// in its name"
+INNER_HINT = "--insecure allows it, by http; with https:// before the name, by https"
 
 
 class Unreachable(UserError):
@@ -57,7 +57,7 @@ class Target(NamedTuple):
     body: bytes = b""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Answer:
     """An answer whose body is still to come."""
 

@@ -12,30 +12,15 @@ import errno
 import fcntl
 import json
 import os
-import re
-import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
-
-from pumice.errors import UserError, shortened
 
 MB = 1000 * 1000
 SMALLEST_PART, LARGEST_PART, PARTS = 100 * MB, 1000 * MB, 16
 """Bytes of a part, and how many parts a blob has within these bounds: Ollama's numbers."""
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-
-
-class Blob(Protocol):
-    """What is wanted: `sha256:HEX`, and how many bytes."""
-
-    @property
-    def digest(self) -> str: ...
-    @property
-    def size(self) -> int: ...
 
 
 @dataclass
@@ -54,28 +39,6 @@ class Part:
     @property
     def left(self) -> int:
         return self.Size - self.Completed
-
-
-def hexadecimal(digest: str) -> str:
-    """The 64 digits of `sha256:HEX`. Raises UserError for anything else, before it can become part of a path."""
-    if not _DIGEST.fullmatch(digest):
-        raise UserError(
-            f"{shortened(digest)} is no digest", hint="expected sha256: and 64 digits of 0-9 and a-f; ask elsewhere"
-        )
-    return digest.removeprefix("sha256:")
-
-
-def blob_path(folder: Path, blob: Blob) -> Path:
-    """Where a blob is once it is whole. Raises UserError for a digest that is none."""
-    return folder / f"sha256-{hexadecimal(blob.digest)}"
-
-
-def is_there(folder: Path, blob: Blob) -> bool:
-    """Is the blob there, as a file of its size? A link is none: it may lead anywhere."""
-    with suppress(FileNotFoundError):
-        found = os.lstat(blob_path(folder, blob))
-        return stat.S_ISREG(found.st_mode) and found.st_size == blob.size
-    return False
 
 
 class Lock:
@@ -125,9 +88,9 @@ def _opened(path: Path) -> int:
 class Partial:
     """The partial file of a blob, and the files of its parts."""
 
-    def __init__(self, folder: Path, blob: Blob) -> None:
-        self.blob = blob
-        self.path = folder / f"{blob_path(folder, blob).name}-partial"
+    def __init__(self, path: Path, size: int) -> None:
+        """Of the blob at `path`, `size` bytes long."""
+        self.path, self.size = path.with_name(f"{path.name}-partial"), size
         self.parts: list[Part] = []
         self.descriptor = -1
 
@@ -145,7 +108,7 @@ class Partial:
     def open(self, descriptor: int) -> None:
         """Read how far the parts are, or lay them out where there are none that make up the blob."""
         self.descriptor = descriptor
-        size, read = self.blob.size, self._read()
+        size, read = self.size, self._read()
         laid_end = os.fstat(descriptor).st_size
         laid_out = [(each.N, each.Offset) for each in read] == _starts(read, size)
         if read and laid_out and all(0 <= each.Completed <= each.Size and each.at <= laid_end for each in read):
@@ -156,7 +119,7 @@ class Partial:
 
     def lay_out(self, length: int) -> None:
         """Begin anew, with parts of `length` bytes."""
-        size = self.blob.size
+        size = self.size
         self.forget()
         os.ftruncate(self.descriptor, 0)
         os.ftruncate(self.descriptor, size)  # takes no room yet
@@ -166,7 +129,7 @@ class Partial:
 
     def completed(self) -> int:
         """Bytes that are there, as the files of the parts say."""
-        return min(sum(each.Completed for each in self._read()), self.blob.size)
+        return min(sum(each.Completed for each in self._read()), self.size)
 
     def keep(self, part: Part) -> None:
         """Write how far a part is, whole or not at all."""
