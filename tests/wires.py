@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -68,7 +69,7 @@ class Fake:
 
 
 @contextmanager
-def serving(fake: Fake) -> Iterator[Fake]:
+def serving(fake: Fake, tls: ssl.SSLContext | None = None) -> Iterator[Fake]:
     class Serve(Handler):
         protocol_version = "HTTP/1.1"
 
@@ -88,6 +89,8 @@ def serving(fake: Fake) -> Iterator[Fake]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Serve)
     server.daemon_threads = True
     server.handle_error = lambda *of: None  # type: ignore[method-assign]  # a client that goes away is no news
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     fake.url = f"http://127.0.0.1:{server.server_address[1]}"

@@ -65,6 +65,7 @@ def fetch(blobs: Blobs, layer: Layer, ask: Ask, patience: Patience) -> Iterator[
             while handle.wait():
                 yield partial.completed()
             if blobs.has(layer):
+                partial.forget()
                 yield layer.size
                 return
             partial.open(handle.descriptor)
@@ -80,6 +81,12 @@ def fetch(blobs: Blobs, layer: Layer, ask: Ask, patience: Patience) -> Iterator[
                 raise
 
 
+def tidy(blobs: Blobs, layer: Layer) -> None:
+    """Remove what a process left behind that was killed when it had just made this blob."""
+    with on_disk():
+        Partial(blobs.path(layer), layer.size).forget()
+
+
 def seal(blobs: Blobs, layer: Layer) -> None:
     """Check the sha256 of a partial file that is complete, and make it the blob.
 
@@ -91,6 +98,7 @@ def seal(blobs: Blobs, layer: Layer) -> None:
             while handle.wait():
                 pass
             if blobs.has(layer):
+                partial.forget()
                 return
             with os.fdopen(os.dup(handle.descriptor), "rb") as file:
                 file.seek(0)

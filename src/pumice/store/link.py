@@ -11,6 +11,7 @@ from __future__ import annotations
 import ipaddress
 import platform
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -128,6 +129,11 @@ class Link:
             finally:
                 response.close()
         except (httpx2.TransportError, httpx2.StreamError) as error:
+            if _is_about_certificate(error):
+                raise UserError(
+                    f"{shortened(self.home.host)} cannot prove that it is this host",
+                    hint="its certificate is wrong, or the network is not what it seems",
+                ) from error
             raise Unreachable(
                 f"{shortened(self.home.host)} does not answer", hint="check the network and the name; then try again"
             ) from error
@@ -248,6 +254,14 @@ def _url(text: str) -> httpx2.URL:
         return httpx2.URL(text)
     except httpx2.InvalidURL as error:
         raise UserError(f"{shortened(text)} is no URL", hint="check the model's name and its registry") from error
+
+
+def _is_about_certificate(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _refuse_compressed(response: httpx2.Response) -> None:

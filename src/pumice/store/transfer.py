@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from pumice.errors import UserError
-from pumice.store.download import Patience, fetch, seal
+from pumice.store.download import Patience, fetch, seal, tidy
 from pumice.store.installed import Stored
 from pumice.store.layout import OwnStore, Store
 from pumice.store.link import Reach, Unreachable
@@ -76,6 +76,7 @@ def pull(name: Name, shelves: Shelves, reach: Reach, patience: Patience = USUAL)
         for layer in manifest.blobs:
             status = f"pulling {layer.digest[7:19]}"
             if shelves.has(layer):
+                tidy(blobs, layer)
                 yield Progress(status, layer.digest, layer.size, layer.size)
                 continue
             yield Progress(status, layer.digest, layer.size)
