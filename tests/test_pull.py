@@ -319,7 +319,8 @@ def test_ollamas_own_partial_files_are_gone_on_with(fake: Fake, store: OwnStore)
 
 
 PULLER = """
-import sys
+import faulthandler, sys
+faulthandler.dump_traceback_later(100, exit=True)
 from pathlib import Path
 from pumice.store import download, partial, transfer
 from pumice.store.layout import OwnStore

@@ -48,7 +48,7 @@ def pull(repository: str) -> Iterator[Progress]:
     that is there whole is a success too. Raises UserError, Missing where the Hub has no such repository.
     """
     yield Progress("pulling manifest")
-    with _in_our_words(repository), on_disk():
+    with on_disk(), _in_our_words(repository):  # the Hub's errors are OSErrors too
         try:
             info = huggingface_hub.HfApi().model_info(repository, files_metadata=True)
         except (TransportError, OfflineModeIsEnabled):
