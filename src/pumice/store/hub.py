@@ -44,8 +44,9 @@ class _Stopped(Exception):
 def pull(repository: str) -> Iterator[Progress]:
     """Bring a repository, as `llava-hf/llava-1.5-7b-hf`, into the Hub's cache.
 
-    Closing the iterator, or killing the process, leaves what has come for the next pull. With no Hub in reach a model
-    that is there whole is a success too. Raises UserError, Missing where the Hub has no such repository.
+    Closing the iterator, or killing the process, leaves the files that have come for the next pull; the one that was
+    under way begins anew there, as huggingface_hub does it. With no Hub in reach a model that is there whole is a
+    success too. Raises UserError, Missing where the Hub has no such repository.
     """
     yield Progress("pulling manifest")
     with on_disk(), _in_our_words(repository):  # the Hub's errors are OSErrors too
