@@ -40,7 +40,7 @@ WITHIN_A_ROW = {
 HOMES = {
     "PIL": {"image", "picture"}, "pillow_heif": {"picture"}, "tokenizers": {"tokenizer"},
     "safetensors": {"checkpoints"},
-    "llguidance": {"engine"}, "pydantic": set(), "jsonschema": set(),
+    "httpx2": {"store"}, "huggingface_hub": {"store"}, "llguidance": {"engine"}, "pydantic": set(), "jsonschema": set(),
     "typer": {"cli"}, "rich": {"cli"}, "transformers": set(), "ctypes": {"ops"}, "triton": {"ops"}, "ray": set(),
 }  # fmt: skip
 """Third-party names and the only rooms that may import them."""

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pumice.cli import classify, convert, llava_cli, llava_flags, look, models, plan, run, verify
+from pumice.cli import classify, convert, llava_cli, llava_flags, look, models, plan, run, transfer, verify
 from pumice.cli.terminal import prepare_streams, print_error
 from pumice.errors import UserError
 
@@ -69,6 +69,8 @@ app.command("plan")(guarded(plan.plan))
 app.command("verify")(guarded(verify.verify))
 app.command("convert")(guarded(convert.convert))
 app.command("quantize")(guarded(convert.quantize))
+app.command("pull")(as_ollama(transfer.pull))
+app.command("push")(as_ollama(transfer.push))
 app.command("list")(as_ollama(models.list_models))
 app.command("ls", hidden=True)(as_ollama(models.list_models))
 app.command("rm")(as_ollama(models.remove))
