@@ -49,7 +49,8 @@ class Absent:
 def spilled(ptx: str, capability: int) -> int:
     """Bytes that a thread's registers do not hold, as ptxas says."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    ptxas = next(each for each in (tool / "ptxas", tool / "ptxas-blackwell") if each.exists())
+    # Where there are two, Triton chooses by the GPU; the newer one takes what either does.
+    ptxas = next(each for each in (tool / "ptxas-blackwell", tool / "ptxas") if each.exists())
     arch = "sm_90a" if capability == 90 else f"sm_{capability}"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
