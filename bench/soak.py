@@ -149,7 +149,7 @@ class Soak:
     def __init__(self, model: Model, count: int) -> None:
         self.model, self.name = model, model.name
         self.cases = [alone(model, each) for each in cases(model, count)]
-        model.engine = Engine(model.network, LIMITS, max(each.positions for each in self.cases))
+        model._engine = Engine(model.network, LIMITS, max(each.positions for each in self.cases))
         self.counts: Counter[str] = Counter()
         self.wrong: list[str] = []
         self._lock = threading.Lock()

@@ -427,7 +427,7 @@ def test_a_row_whose_scores_are_no_numbers_fails_alone(model: pumice.Model, monk
 
 def test_pages_of_a_preempted_row_are_found_again(model: pumice.Model) -> None:
     """Two rows that together need more than there is: the younger waits, and loses none of its tokens."""
-    engine = Engine(model.network, positions=160)
+    engine = Engine(model.network, Limits(drafts=0), positions=160)
     requests = [Request([first] * 50, [], Sampling(max_tokens=40)) for first in (15, 16)]
     expected = [plain(model, each.ids, [], 40) for each in requests]
     assert [len(each) for each in expected] == [40, 40]

@@ -71,7 +71,8 @@ def pumice(url: str, home: Path, name: str = REPOSITORY) -> subprocess.Popen[str
         **os.environ, "HF_ENDPOINT": url, "HF_HOME": str(home), "PUMICE_HOME": str(home / "own"), "HF_TOKEN": "",
         "OLLAMA_MODELS": str(home / "none"),
     }  # fmt: skip
-    environment.pop("HF_HUB_OFFLINE", None)
+    for variable in ("HF_HUB_OFFLINE", "HF_HUB_CACHE"):
+        environment.pop(variable, None)
     return subprocess.Popen(
         [sys.executable, "-m", "pumice", "pull", name],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -161,7 +161,7 @@ def test_the_verbs(host: str, tmp_path: Path) -> None:
 def test_ctrl_c_leaves_what_came(tmp_path: Path) -> None:
     from wires import Fake, serving
 
-    with serving(Fake(pause_s=0.1)) as fake:
+    with serving(Fake(pause_s=0.5)) as fake:
         fake.model(random.Random(3).randbytes(5_000_000), b"{}")
         stopped = command(tmp_path, "pull", f"{fake.host}/me/slow", "--insecure")
         while not any((tmp_path / "models" / "blobs").glob("*-partial-0")):
