@@ -153,7 +153,7 @@ def answered(engine: Engine, requests: list[Request]) -> None:
 def one(shape: str, device: str, requests: str) -> Figures:
     """Bytes of a token beside its speed: what must be read of weights and of keys and values."""
     network, new = random_network(shape, device), work(device).one
-    engine = Engine(network, positions=2048)
+    engine = Engine(network, Limits(drafts=0), positions=2048)
     generation = engine.submit(request(network, CONTEXT, new + 8, seed=0))
     while len(generation.steps) < 4:  # the first steps choose kernels
         engine.step()
@@ -173,7 +173,7 @@ def crowd(shape: str, device: str, requests: str) -> Figures:
     pictures = [picture(network, seed) for seed in range(count + 1)]
     length = len(request(network, CONTEXT, new, 0, pictures[0]).ids) + new
     positions = (count + 1) * -(-length // 32) * 32
-    engine = Engine(network, Limits(rows=count), positions=positions)
+    engine = Engine(network, Limits(rows=count, drafts=0), positions=positions)
     answered(engine, [request(network, CONTEXT, 4, count, pictures[count])])
     asked = [request(network, CONTEXT, new, seed, pictures[seed]) for seed in range(count)]
     passed = seconds(lambda: answered(engine, asked))
