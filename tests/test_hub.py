@@ -101,6 +101,7 @@ def test_a_pull_brings_what_pumice_reads_and_a_second_one_nothing(fake: Fake, tm
         each: FILES[each] for each in read
     }
     assert (tmp_path / "hub" / "models--llava-hf--tiny" / "refs" / "main").read_text() == COMMIT
+    assert all(REPOSITORY in path and "torch/" not in str(headers) for _, path, headers in fake.asked)
 
     fake.asked.clear()
     ended(pumice(fake.url, tmp_path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 
 from pumice import store
@@ -59,6 +60,8 @@ def push(text: str, reach: Reach) -> Generator[Progress]:
 
 
 def _from_hub(name: Name) -> Generator[Progress]:
+    # Nothing is told but what is asked for: no other requests, no list of what else is installed here.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # Its import reads the environment and takes a while.
     from pumice.store import hub
 
