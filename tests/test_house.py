@@ -23,7 +23,7 @@ ROWS = {
     "network": 3, "checkpoints": 3, "store": 3,
     "engine": 4, "room": 4,
     "question": 5, "answer": 5, "classification": 5, "conversation": 5, "model": 5, "sampling_options": 5,
-    "train": 6, "tasks": 6, "conversion": 6,
+    "train": 6, "tasks": 6, "conversion": 6, "server": 6,
     "cli": 7,
 }  # fmt: skip
 WITHIN_A_ROW = {
@@ -41,7 +41,8 @@ HOMES = {
     "PIL": {"image", "picture"}, "pillow_heif": {"picture"}, "tokenizers": {"tokenizer"},
     "safetensors": {"checkpoints"},
     "httpx2": {"store"}, "huggingface_hub": {"store"}, "llguidance": {"engine"}, "pydantic": set(), "jsonschema": set(),
-    "typer": {"cli"}, "rich": {"cli"}, "transformers": set(), "ctypes": {"ops"}, "triton": {"ops"}, "ray": set(),
+    "typer": {"cli"}, "rich": {"cli"}, "transformers": set(), "ctypes": {"ops"}, "triton": {"ops"}, "ray": {"server"},
+    "fastapi": {"server"}, "starlette": {"server"}, "uvicorn": {"server"}, "prometheus_client": {"server"},
 }  # fmt: skip
 """Third-party names and the only rooms that may import them."""
 WIDEST = {("model", "load"): 8, ("model", "ask"): 7, ("model", "stream"): 7}
