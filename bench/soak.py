@@ -181,7 +181,7 @@ class Soak:
 
     def _cancel_from_here(self, case: Case, draw: random.Random) -> None:
         """Others run the engine, this thread ends the request: at once, while it is read, or after some letters."""
-        opened, letters = self.model._open(case.question()), draw.choice((0, 0, 1, 3))
+        opened, letters = self.model.open(case.question()), draw.choice((0, 0, 1, 3))
         opened.start()
         late = time.perf_counter() + (LONGEST_WAIT_S if letters else draw.random() * LONGEST_WAIT_S / 20)
         text = ""

@@ -136,7 +136,11 @@ class Answering:
         return self._trimmed(emitted)
 
     def _trimmed(self, text: str) -> str:
-        """Text without the answer's outer white space: at the end it is held back until something follows it."""
+        """Text without the answer's outer white space: at the end it is held back until something follows it. Where the
+        answer had begun, its text stays as it is."""
+        if self.seen.continues:
+            self._pieces += [text] if text else []
+            return text
         text = self._held + text
         if not self._pieces:
             text = text.lstrip()

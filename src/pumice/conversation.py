@@ -20,7 +20,7 @@ class Stream:
     """
 
     def __init__(self, model: Model, question: Question, seen: Seen | None = None) -> None:
-        self._opened = model._open(question, seen)
+        self._opened = model.open(question, seen)
         self._pieces = self._run()
 
     def __iter__(self) -> Iterator[str]:

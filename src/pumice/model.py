@@ -1,4 +1,4 @@
-"""What a user holds: a loaded model that is asked about images. The flow from a question to its answer is `_open`."""
+"""What a user holds: a loaded model that is asked about images. The flow from a question to its answer is `open`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +21,7 @@ from pumice.answer import Answer, Answering
 from pumice.classification import Classification, Labelling, Labels, classified
 from pumice.config import LlavaConfig
 from pumice.conversation import Chat, Stream
+from pumice.dialogue import Dressing
 from pumice.engine import Engine, Limits, Request, Sampling
 from pumice.engine.form import Form
 from pumice.errors import UserError, nearest
@@ -27,15 +29,19 @@ from pumice.image import Prepared, prepare
 from pumice.network.layers import Embedding, Linear, put_matrix
 from pumice.network.llava import Llava
 from pumice.network.placement import Placement
+from pumice.options import Options
 from pumice.quant import QTensor
 from pumice.question import Images, Prompter, Question, Seen, listed
 from pumice.room.fitting import check
+from pumice.sampling_options import sampling as sampling_of
 from pumice.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from pumice.engine.schema import Grammar
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PLAIN = Options(temperature=0.0, top_k=0, top_p=1.0, num_predict=512)
+"""pumice's defaults by Ollama's names."""
 FORMS = 32
 """So many compiled forms are kept."""
 WAITING = 64
@@ -45,8 +51,10 @@ WAITING = 64
 class Model(Prompter):
     """A loaded checkpoint. Made by `load`."""
 
-    def __init__(self, name: str, config: LlavaConfig, tokenizer: Tokenizer, network: Llava) -> None:
-        super().__init__(name, config, tokenizer)
+    def __init__(
+        self, name: str, config: LlavaConfig, tokenizer: Tokenizer, network: Llava, dressing: Dressing | None = None
+    ) -> None:
+        super().__init__(name, config, tokenizer, dressing)
         self.network = network
         self._grammars: dict[Form, Grammar] = {}
         self._compiling = threading.Lock()
@@ -69,7 +77,7 @@ class Model(Prompter):
         schema: what the answer must look like: a pydantic model class, a JSON schema, or a `Form`. Raises UserError for
         what is wrong with the question, an image or the schema.
         """
-        form, chosen = Form.of(schema=schema), sampling or Sampling()
+        form, chosen = Form.of(schema=schema), sampling or self.sampling
         return self.answer(Question(prompt, image, system, (), chosen, raw, image_tokens, form))
 
     def stream(
@@ -84,7 +92,7 @@ class Model(Prompter):
         schema: Any = None,
     ) -> Stream:
         """The same answer in pieces, as they come."""
-        form, chosen = Form.of(schema=schema), sampling or Sampling()
+        form, chosen = Form.of(schema=schema), sampling or self.sampling
         return Stream(self, Question(prompt, image, system, (), chosen, raw, image_tokens, form))
 
     def answer(self, question: Question) -> Answer:
@@ -96,14 +104,14 @@ class Model(Prompter):
     ) -> Chat:
         """A conversation that remembers its turns."""
         self.token_limit(image_tokens)
-        return Chat(self, Question("", None, system, sampling=sampling or Sampling(), image_tokens=image_tokens))
+        return Chat(self, Question("", None, system, sampling=sampling or self.sampling, image_tokens=image_tokens))
 
     def ask_all(self, questions: Sequence[Question]) -> list[Answer]:
         """The answers in the order of the questions; each is what `answer` would give.
 
         Raises UserError, with the question's number, for the first that is wrong; answers that came before are lost.
         """
-        return self._together(lambda number: self._open(questions[number - 1]), len(questions), "question")
+        return self._together(lambda number: self.open(questions[number - 1]), len(questions), "question")
 
     def answers(self, question: Question, count: int) -> list[Answer]:
         """So many answers to one question, drawn beside each other; the prompt is read once. Where the question has a
@@ -117,7 +125,7 @@ class Model(Prompter):
 
         def opened(number: int) -> Answering:
             own = seed if seed is None or number == 1 else (seed + number - 1) % 2**64
-            return self._open(replace(question, sampling=replace(question.sampling, seed=own)), seen)
+            return self.open(replace(question, sampling=replace(question.sampling, seed=own)), seen)
 
         return self._together(opened, count, "answer")
 
@@ -173,6 +181,15 @@ class Model(Prompter):
         generation = self.engine.submit(Request(ids, seen, sampling))
         return [step.token for step in self.engine.follow(generation)]
 
+    @cached_property
+    def sampling(self) -> Sampling:
+        """How an answer is drawn where nothing else is asked for: pumice's defaults, and over them what the model's
+        store says. Raises UserError for what is out of range there."""
+        if not self.dressing.parameters:
+            return Sampling()
+        options, _ = PLAIN.updated(self.dressing.parameters)
+        return sampling_of(options, context=self.config.text.max_positions)[0]
+
     @property
     def engine(self) -> Engine:
         """What answers the questions, all that are asked at the same time together."""
@@ -187,7 +204,10 @@ class Model(Prompter):
         with self._starting:
             self._engine = Engine(self.network, limits)
 
-    def _open(self, question: Question, seen: Seen | None = None) -> Answering:
+    def open(self, question: Question, seen: Seen | None = None) -> Answering:
+        """A question that can be started, for who runs the engine; `answer` and `stream` do so by themselves.
+
+        seen: what `see` gave for it. Raises UserError for what is wrong with it."""
         started = time.perf_counter()
         if question.form is not None and (question.sampling.stop or question.sampling.stop_ids):
             raise UserError(
@@ -196,8 +216,10 @@ class Model(Prompter):
             )
         seen = seen or self.see(question)
         # A form ends by itself, and a stop text of the template might stand in the middle of it.
-        ends = () if question.raw or question.form else prompt.TEMPLATES[self.config.template].stop
-        stops = (*question.sampling.stop, *ends)
+        own = prompt.TEMPLATES[self.config.template].stop if self.dressing.template is None else ()
+        # Who brings a dialogue chooses among the stops of the model's store too.
+        own = own if question.dialogue else (*own, *self.dressing.stops)
+        stops = question.sampling.stop if question.raw or question.form else (*question.sampling.stop, *own)
         grammar = None if question.form is None else self._grammar(question.form)
         request = Request(seen.encoded.ids, seen.images, question.sampling, grammar)
         text, prepare_s = self.tokenizer.stream(), time.perf_counter() - started
@@ -289,6 +311,12 @@ class Source:
         config = replace(found.config, image=found.config.image.under(self.preprocess))
         return replace(found, config=config)
 
+    def dressing(self) -> Dressing:
+        """What its store says of it; a template that was chosen goes before the store's. Raises UserError."""
+        stored = store.files(self.name).stored
+        own = Dressing() if stored is None else Dressing.of(stored)
+        return own if self.template is None else replace(own, template=None)
+
 
 def _ending_with(found: checkpoints.Checkpoint, end: str) -> checkpoints.Checkpoint:
     """The checkpoint with one more end token: that of a template which is not the one it was trained with."""
@@ -340,7 +368,7 @@ def load_from(
         place = Placement.of_layers(chosen_device(device), checkpoint.config.text.layers, gpu_layers)
         check(checkpoint, type_, place)
         network = assembled(checkpoint.tensors, checkpoint.config, type_, place)
-    return Model(str(source.name), checkpoint.config, checkpoint.tokenizer, network)
+    return Model(str(source.name), checkpoint.config, checkpoint.tokenizer, network, source.dressing())
 
 
 @contextlib.contextmanager

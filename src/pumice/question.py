@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 from pumice import prompt
 from pumice.config import ImageConfig, LlavaConfig, VisionConfig
+from pumice.dialogue import Dialogue, Dressing, rendered
 from pumice.engine.form import Form
 from pumice.engine.sampling import Sampling
 from pumice.errors import UserError, shortened
 from pumice.image import ImageLike, Prepared, prepare, tile_pictures
+from pumice.ollama_prompt import Rendered, Turn
 from pumice.prompt import Message, Part
 from pumice.tokenizer import Encoded, Tokenizer
 
@@ -36,7 +38,8 @@ class Exchange:
 class Question:
     """One request, whole. `system` None is the template's own text; `raw` sends the prompt as it stands, with
     `<image>` where each image goes. `image_tokens` is the most that each image may take (docs/image-tokens.md); None
-    keeps all. `form` is what the answer must look like (docs/structured.md)."""
+    keeps all. `form` is what the answer must look like (docs/structured.md). A `dialogue` stands instead of prompt,
+    system and history; `image` then holds the images of its turns, in their order."""
 
     prompt: str
     image: Images = None
@@ -46,6 +49,7 @@ class Question:
     raw: bool = False
     image_tokens: int | None = None
     form: Form | None = None
+    dialogue: Dialogue | None = None
 
     @property
     def images(self) -> tuple[ImageLike | Prepared, ...]:
@@ -61,13 +65,15 @@ class Seen:
     parts: list[Part]
     encoded: Encoded
     images: list[Prepared]
+    continues: bool = False
+    """The prompt ends in the beginning of the answer."""
 
 
 class Prompter:
     """A model's words and eyes: everything between a question and the network."""
 
-    def __init__(self, name: str, config: LlavaConfig, tokenizer: Tokenizer) -> None:
-        self.name, self.config, self.tokenizer = name, config, tokenizer
+    def __init__(self, name: str, config: LlavaConfig, tokenizer: Tokenizer, dressing: Dressing | None = None) -> None:
+        self.name, self.config, self.tokenizer, self.dressing = name, config, tokenizer, dressing or Dressing()
 
     def see(self, question: Question) -> Seen:
         """The exact prompt of a question and its images, without running the network.
@@ -79,17 +85,19 @@ class Prompter:
                 raise UserError(f"{name} is {text!r}", hint="give a text")
         most = self.token_limit(question.image_tokens)
         images = [each if isinstance(each, Prepared) else prepare(each, *self.eyes(), most) for each in question.images]
-        parts = self._parts(question)
+        shown = self._rendered(question)
+        parts = list(shown.parts)
         given = sum(part.kind == "image" for part in parts)
         if given != len(images):
             raise UserError(
                 f"the prompt has {given} <image> marks, and {len(images)} images came with it",
                 hint="a raw prompt needs one <image> for each image, in their order",
             )
+        images = [images[number] for number in shown.images]
         encode = self.tokenizer.encode_raw if question.raw else self.tokenizer.encode
         encoded = encode(parts, [each.grid.tokens for each in images], image_id=self.config.image_token_id)
         self.check_ids(encoded.ids)
-        return Seen(parts, encoded, images)
+        return Seen(parts, encoded, images, question.dialogue is not None and question.dialogue.continues)
 
     def written(self, question: Question, seen: Seen, texts: Sequence[str]) -> list[list[int]]:
         """The ids with which the model would begin its answer to a question if it wrote each of these texts; no end
@@ -135,19 +143,29 @@ class Prompter:
         most = self.token_limit(question.image_tokens)
         return [tile_pictures(each, *self.eyes(), most) for each in listed(question.image)]
 
-    def _parts(self, question: Question) -> list[Part]:
+    def _rendered(self, question: Question) -> Rendered:
+        if question.dialogue is not None:
+            return rendered(question.dialogue, self.dressing, self.config.template)
         if question.raw:
             if question.history or question.system is not None:
                 raise UserError(
                     "a raw prompt came with a system text or earlier turns",
                     hint="write them into the prompt, which is sent as it stands",
                 )
-            return prompt.split_raw(question.prompt)
-        messages = [] if question.system is None else [Message("system", question.system)]
-        for turn in question.history:
-            messages += [Message("user", turn.prompt, len(turn.images)), Message("assistant", turn.answer)]
-        messages.append(Message("user", question.prompt, len(listed(question.image))))
-        return prompt.render(self.config.template, messages)
+            parts = prompt.split_raw(question.prompt)
+        elif self.dressing != Dressing():
+            turns = [] if question.system is None else [Turn("system", question.system)]
+            for each in question.history:
+                turns += [Turn("user", each.prompt, len(each.images)), Turn("assistant", each.answer)]
+            turns.append(Turn("user", question.prompt, len(listed(question.image))))
+            return rendered(Dialogue(tuple(turns)), self.dressing, self.config.template)
+        else:
+            messages = [] if question.system is None else [Message("system", question.system)]
+            for turn in question.history:
+                messages += [Message("user", turn.prompt, len(turn.images)), Message("assistant", turn.answer)]
+            messages.append(Message("user", question.prompt, len(listed(question.image))))
+            parts = prompt.render(self.config.template, messages)
+        return Rendered(tuple(parts), tuple(range(sum(part.kind == "image" for part in parts))))
 
     def token_limit(self, image_tokens: int | None) -> int | None:
         """The most tokens of an image, as given. Raises UserError for what is no such number, and for any number where

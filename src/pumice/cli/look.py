@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pumice.checkpoints import Checkpoint
     from pumice.config import LlavaConfig, Rotary
     from pumice.image import Prepared
+    from pumice.model import Source
     from pumice.question import Prompter, Question, Seen
 
 OWN = ":own"
@@ -198,7 +199,7 @@ def prompt(
     """Show what a model really sees: the exact prompt, every token with its id, the tiles of each image."""
     asked = options.question(text or "", image or [], system=system, raw=raw)
     asked = dataclasses.replace(asked, image_tokens=image_tokens)
-    prompter = _prompter(options.source(model, template, preprocess, beside).checkpoint(), model)
+    prompter = _prompter(options.source(model, template, preprocess, beside))
     seen = prompter.see(asked)
     saved = _save(prompter, asked, save_tiles) if save_tiles else []
     if as_json:
@@ -217,10 +218,11 @@ def prompt(
         print(f"saved {path}")
 
 
-def _prompter(checkpoint: Checkpoint, name: str) -> Prompter:
+def _prompter(source: Source) -> Prompter:
     from pumice.question import Prompter
 
-    return Prompter(name, checkpoint.config, checkpoint.tokenizer)
+    checkpoint = source.checkpoint()
+    return Prompter(str(source.name), checkpoint.config, checkpoint.tokenizer, source.dressing())
 
 
 def _token_lines(prompter: Prompter, ids: Sequence[int], all_tokens: bool) -> list[str]:
