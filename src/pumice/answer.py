@@ -74,7 +74,7 @@ class Answering:
         self.request, self.seen, self._engine, self._prepare_s = request, seen, engine, prepare_s
         self._text, self._stops = text, StopText(stops)
         self._generation: Generation | None = None
-        self._steps: list[Step] = []
+        self.steps: list[Step] = []
         self._pieces: list[str] = []
         self._held = ""
         self.stopped = False
@@ -126,7 +126,7 @@ class Answering:
 
     def _push(self, step: Step) -> str:
         """The text that this token completes; often a word, sometimes nothing yet."""
-        self._steps.append(step)
+        self.steps.append(step)
         text = self._text.push(step.token)
         if step.reason is not None:
             text += self._text.finish()
@@ -151,14 +151,14 @@ class Answering:
         return kept
 
     def answer(self) -> Answer:
-        if not self._steps or self._generation is None:
+        if not self.steps or self._generation is None:
             raise UserError("there is no answer: its first token never came", hint="the error before says why")
-        prefill_s = sum(step.seconds for step in self._steps if step.prefill)
-        decode_s = sum(step.seconds for step in self._steps if not step.prefill)
+        prefill_s = sum(step.seconds for step in self.steps if step.prefill)
+        decode_s = sum(step.seconds for step in self.steps if not step.prefill)
         return Answer(
             text="".join(self._pieces),
-            tokens=tuple(step.token for step in self._steps),
-            finish_reason="stop" if self.stopped or self._steps[-1].reason == "stop" else "length",
+            tokens=tuple(step.token for step in self.steps),
+            finish_reason="stop" if self.stopped or self.steps[-1].reason == "stop" else "length",
             prompt_tokens=len(self.request.ids),
             cached_tokens=self._generation.cached_tokens,
             image_tokens=tuple(each.grid.tokens for each in self.seen.images),
@@ -166,7 +166,7 @@ class Answering:
                 self._prepare_s + self._generation.encode_s,
                 prefill_s,
                 decode_s,
-                sum(not step.prefill for step in self._steps),
+                sum(not step.prefill for step in self.steps),
             ),
             form=None if self.request.grammar is None else self.request.grammar.form,
         )

@@ -198,6 +198,10 @@ class Model(Prompter):
                 self._engine = Engine(self.network)
             return self._engine
 
+    def step(self) -> bool:
+        """One step of the engine, for who has opened questions and started them. False: it has nothing to do."""
+        return self.engine.step()
+
     def limit(self, limits: Limits) -> None:
         """What the engine may take from now on. What it knows of earlier questions is forgotten. Raises UserError for a
         cache folder that cannot be made."""

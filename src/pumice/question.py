@@ -69,6 +69,10 @@ class Seen:
     """The prompt ends in the beginning of the answer."""
 
 
+class TooLong(UserError):
+    """A prompt that leaves no position for an answer."""
+
+
 class Prompter:
     """A model's words and eyes: everything between a question and the network."""
 
@@ -200,7 +204,7 @@ class Prompter:
         if not ids:
             raise UserError("the prompt is empty: it has no token", hint="give at least one word")
         if len(ids) >= limit:
-            raise UserError(
+            raise TooLong(
                 f"the prompt is {len(ids)} tokens long, images included; {self.name} has {limit} positions",
                 hint="send fewer or smaller images, fewer turns or less text",
             )

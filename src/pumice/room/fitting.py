@@ -50,6 +50,11 @@ class Way:
         return f"{self.setting}: {shown(self.bytes)}"
 
 
+class NoRoom(UserError):
+    """A model does not fit into the memory that there is."""
+
+
+
 def verdict(needs: Share, memory: Memory) -> Verdict:
     """`fits`: there is room for everything now. `no`: it is hopeless, for one of two reasons:
 
@@ -95,7 +100,7 @@ def _check(
         return
     place = "this machine" if device.type == "cpu" else f"the device {device}"
     needs, cache = found.needs(*least(checkpoint.config)), least(checkpoint.config)[0] * found.position_bytes
-    raise UserError(
+    raise NoRoom(
         f"{checkpoint.path} needs {shown(needs.total)} of memory ({shown(found.weights.total)} of weights, "
         f"{shown(cache)} of cache for one short question, the rest to compute); {place} has {shown(memory.total)}, "
         f"{shown(memory.available)} of it free",

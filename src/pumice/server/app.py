@@ -1,0 +1,79 @@
+"""The server: routes, what happens at its start and its end, and how errors are said."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from pumice.errors import UserError
+from pumice.server import library, ollama
+from pumice.server.answers import status_of
+from pumice.server.residents import Residents
+from pumice.server.settings import Settings
+from pumice.server.wire import Refused
+
+TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error"}
+"""OpenAI's names of errors."""
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The whole server as an ASGI application."""
+    residents = Residents(settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        watching = asyncio.create_task(residents.watch())
+        try:
+            yield
+        finally:
+            watching.cancel()
+            with suppress(asyncio.CancelledError):
+                await watching
+            await residents.close()
+
+    app = FastAPI(title="pumice", lifespan=lifespan, redirect_slashes=False)
+    app.include_router(ollama.routes(residents, settings))
+    app.include_router(library.routes(residents, settings))
+
+    @app.get("/health", tags=["operations"])
+    async def health() -> Response:
+        """200 while answers come; 503 when work has waited too long without a step."""
+        stuck = [each.installed.title for each in residents.all if each.worker.silent_s > settings.stuck_s]
+        if stuck:
+            return JSONResponse({"status": "stuck", "models": stuck}, 503)
+        return JSONResponse({"status": "ok"})
+
+    @app.exception_handler(Refused)
+    @app.exception_handler(UserError)
+    async def refused(request: Request, error: Refused | UserError) -> Response:
+        return envelope(request, *status_of(error))
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=499)
+
+    @app.exception_handler(HTTPException)
+    async def missing(request: Request, error: HTTPException) -> Response:
+        words = {404: "404 page not found", 405: "405 method not allowed"}
+        return PlainTextResponse(words.get(error.status_code, str(error.detail)), error.status_code, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return envelope(request, 400, str(error.errors()[:1])[:300])
+
+    return app
+
+
+def envelope(request: Request, status: int, message: str) -> Response:
+    """An error in the form of the API that was asked."""
+    if request.url.path.startswith("/v1"):
+        kind = TYPES.get(status, "api_error")
+        return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status)
+    return JSONResponse({"error": message}, status)

@@ -1,0 +1,207 @@
+"""Models in memory: loaded when they are asked, kept for a while after, let go when others need the room."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+from pumice import store
+from pumice.durations import FOREVER_NS, SECOND_NS
+from pumice.errors import UserError
+from pumice.server.asked import Contexts
+from pumice.server.settings import Settings
+from pumice.server.wire import Refused
+from pumice.store import Installed, Stored
+
+if TYPE_CHECKING:
+    from pumice.model import Model
+    from pumice.server.worker import Worker
+
+T = TypeVar("T")
+BUSY = "server busy, please try again.  maximum pending requests exceeded"
+"""Ollama's words, with its two spaces."""
+ROWS = 64
+"""Answers of one model at a time, where the settings do not say."""
+WATCH_S = 0.5
+
+
+@dataclass(eq=False)
+class Resident:
+    """A model in memory."""
+
+    installed: Installed
+    model: Model
+    worker: Worker
+    keep_ns: int
+    turn: asyncio.Semaphore
+    """So many requests are read and answered at a time; the others wait with their bytes alone."""
+    users: int = 0
+    ended_s: float = field(default_factory=time.time)
+    """When its last answer ended, in seconds since 1970."""
+    contexts: Contexts = field(default_factory=Contexts)
+
+    @property
+    def expires_s(self) -> float:
+        """When it goes if nobody asks, in seconds since 1970."""
+        since = time.time() if self.users else self.ended_s
+        return since + self.keep_ns / SECOND_NS
+
+    @property
+    def bytes(self) -> int:
+        """Weights, and the cache for keys and values."""
+        return self.installed.size + self.model.engine.cache_bytes
+
+
+class Residents:
+    """All models in memory. Used from one event loop."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._residents: dict[str, Resident] = {}
+        self._loading = asyncio.Lock()
+        self._loader = ThreadPoolExecutor(1, "loading")
+        self.readers = ThreadPoolExecutor(2, "reading")
+        """Where pictures are decoded and prompts are cut into tokens."""
+        self.pending = 0
+
+    @property
+    def all(self) -> list[Resident]:
+        """The one that goes last first, as `ps` shows them."""
+        return sorted(self._residents.values(), key=lambda each: -each.expires_s)
+
+    @asynccontextmanager
+    async def use(self, name: str, keep_ns: int | None = None) -> AsyncIterator[Resident]:
+        """A model, loaded if it must be, that stays at least until the end of this block.
+
+        keep_ns: how long it then stays; None leaves that as it is. Raises Refused for too many requests and a name that
+        leads nowhere, UserError for a model that cannot be loaded.
+        """
+        if self.pending >= self._settings.max_queue:
+            raise Refused(503, BUSY)
+        self.pending += 1
+        try:
+            resident = await self._resident(name)
+            resident.users += 1
+            if keep_ns is not None:
+                resident.keep_ns = keep_ns
+            try:
+                yield resident
+            finally:
+                resident.users -= 1
+                resident.ended_s = time.time()
+                if resident.keep_ns == 0 and not resident.users:
+                    await self.drop(resident)
+        finally:
+            self.pending -= 1
+
+    def find(self, name: str) -> Resident | None:
+        """The resident of a name, where it is in memory."""
+        installed = store.find(name)
+        return None if installed is None else self._residents.get(_key(installed))
+
+    async def stop(self, name: str) -> bool:
+        """Let a model go as soon as its answers have ended. Whether it was in memory."""
+        resident = self.find(name)
+        if resident is None:
+            return False
+        resident.keep_ns = 0
+        if not resident.users:
+            await self.drop(resident)
+        return True
+
+    async def drop(self, resident: Resident) -> None:
+        """Let a model go at once; answers under way fail."""
+        if self._residents.pop(_key(resident.installed), None) is resident:
+            await self._in(self._loader, lambda: _let_go(resident))
+
+    async def watch(self) -> None:
+        """Lets models go when their time is over; runs until it is cancelled."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            for each in self.all:
+                if not each.users and each.keep_ns < FOREVER_NS and each.expires_s <= time.time():
+                    await self.drop(each)
+
+    async def close(self) -> None:
+        for each in self.all:
+            await self.drop(each)
+        self._loader.shutdown()
+        self.readers.shutdown(wait=False, cancel_futures=True)
+
+    async def read(self, work: Callable[[], T]) -> T:
+        """Do what takes time in a thread. Raises what it raises, Refused where memory runs out."""
+        try:
+            return await self._in(self.readers, work)
+        except MemoryError:
+            raise Refused(503, "there is not enough memory for this request; send fewer or smaller images") from None
+
+    async def _in(self, executor: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(executor, work)
+
+    async def _resident(self, name: str) -> Resident:
+        installed = named(name)
+        key = _key(installed)
+        if key not in self._residents:
+            async with self._loading:
+                if key not in self._residents:
+                    self._residents[key] = await self._loaded(installed)
+        return self._residents[key]
+
+    async def _loaded(self, installed: Installed) -> Resident:
+        """Where there is no room, the model that was asked longest ago and is idle goes first."""
+        while len(self._residents) >= self._settings.max_models and (idle := self._idle()):
+            await self.drop(idle)
+        while True:
+            try:
+                model, worker = await self._in(self._loader, lambda: _load(installed.title, self._settings))
+                break
+            except UserError as error:
+                from pumice.room.fitting import NoRoom
+
+                idle = self._idle()
+                if idle is None or not isinstance(error, NoRoom):
+                    raise
+                await self.drop(idle)
+        turn = asyncio.Semaphore(self._settings.parallel or ROWS)
+        return Resident(installed, model, worker, self._settings.keep_alive_ns, turn)
+
+    def _idle(self) -> Resident | None:
+        free = [each for each in self._residents.values() if not each.users]
+        return min(free, key=lambda each: each.ended_s, default=None)
+
+
+def named(name: str) -> Installed:
+    """The installed model of a name. Raises Refused in Ollama's words."""
+    found = store.find(name)
+    if found is None:
+        raise Refused(404, f"model '{name}' not found")
+    return found
+
+
+def _key(installed: Installed) -> str:
+    return installed.digest if isinstance(installed, Stored) else str(installed.path)
+
+
+def _load(title: str, settings: Settings) -> tuple[Model, Worker]:
+    # PyTorch comes with them, which takes seconds.
+    from pumice.engine import Limits
+    from pumice.model import load
+    from pumice.server.worker import Worker
+
+    model = load(title)
+    if settings.parallel is not None:
+        model.limit(Limits(rows=settings.parallel))
+    return model, Worker(model, title)
+
+
+def _let_go(resident: Resident) -> None:
+    import gc
+
+    resident.worker.close()
+    del resident.model, resident.worker
+    gc.collect()

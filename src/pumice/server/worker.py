@@ -1,0 +1,214 @@
+"""One thread that runs a model's engine for all who ask it, and hands what comes to the event loop.
+
+Requests are started and cancelled by that thread alone, between two steps: nobody waits for the engine's lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from pumice.errors import UserError
+
+if TYPE_CHECKING:
+    from pumice.answer import Answer, Answering
+    from pumice.engine import Step
+    from pumice.model import Model
+
+REPEATS = 30
+"""So many times the same token, and the answer is ended; Ollama's number."""
+
+
+@dataclass(frozen=True)
+class Likely:
+    """A token, as text and bytes, and the natural logarithm of its probability; what else was likely."""
+
+    token: str
+    bytes: tuple[int, ...]
+    logprob: float
+    top: tuple[Likely, ...] = ()
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What has come of an answer since the last one. `answer` comes with the last."""
+
+    text: str
+    likely: tuple[Likely, ...] = ()
+    answer: Answer | None = None
+
+
+@dataclass(eq=False)
+class Job:
+    """An answer under way: what is in `chunks` was not taken yet. An error ends it."""
+
+    answering: Answering
+    loop: asyncio.AbstractEventLoop
+    chunks: asyncio.Queue[Chunk | UserError] = field(default_factory=asyncio.Queue)
+    unwanted: bool = False
+    ended: bool = False
+    told: int = 0
+    """Steps whose probabilities were told."""
+
+
+class Worker:
+    """Runs until `close`. `seen_alive_s` is when it last came round, by the monotonic clock."""
+
+    def __init__(self, model: Model, name: str) -> None:
+        self._model = model
+        self._wake = threading.Condition()
+        self._arrived: list[Job] = []
+        self._active: list[Job] = []
+        self._closing = False
+        self.seen_alive_s = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name=f"engine of {name}", daemon=True)
+        self._thread.start()
+
+    async def answer(self, answering: Answering) -> AsyncGenerator[Chunk]:
+        """The answer as it comes. Who stops reading cancels it. Raises what it failed with."""
+        job = Job(answering, asyncio.get_running_loop())
+        self._hand(job)
+        try:
+            while True:
+                chunk = await job.chunks.get()
+                if isinstance(chunk, UserError):
+                    raise chunk
+                yield chunk
+                if chunk.answer is not None:
+                    return
+        finally:
+            job.unwanted = True
+            with self._wake:
+                self._wake.notify()
+
+    @property
+    def waiting(self) -> int:
+        """Answers under way."""
+        return len(self._active) + len(self._arrived)
+
+    @property
+    def silent_s(self) -> float:
+        """For how long there was work and no step came to its end."""
+        return time.monotonic() - self.seen_alive_s if self.waiting else 0.0
+
+    def close(self) -> None:
+        """Answers under way fail; returns when the thread has ended."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _hand(self, job: Job) -> None:
+        with self._wake:
+            if self._closing:
+                raise UserError("the model was unloaded", hint="ask again")
+            if not self.waiting:
+                self.seen_alive_s = time.monotonic()
+            self._arrived.append(job)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        try:
+            while self._admit():
+                error: UserError | None = None
+                try:
+                    self._model.step()
+                except (MemoryError, RuntimeError, ValueError, AssertionError) as problem:
+                    # A bug of ours must not leave everybody waiting; the next question is tried afresh.
+                    logging.getLogger("pumice").error("a step of the engine failed", exc_info=problem)
+                    error = UserError(f"the engine failed: {type(problem).__name__}", hint="the server's log says more")
+                self.seen_alive_s = time.monotonic()
+                self._deliver(error)
+        finally:
+            with self._wake:
+                self._closing = True
+                self._active += self._arrived
+                self._arrived = []
+            self._deliver(UserError("the model was unloaded", hint="ask again"))
+
+    def _admit(self) -> bool:
+        """Wait for work, start what has arrived, cancel what nobody wants any more. False: it is over."""
+        with self._wake:
+            while not (self._active or self._arrived or self._closing):
+                self._wake.wait()
+            if self._closing:
+                return False
+            arrived, self._arrived = self._arrived, []
+        for job in arrived:
+            try:
+                job.answering.start()
+                self._active.append(job)
+            except UserError as error:
+                _put([(job, error)])
+        for job in [each for each in self._active if each.unwanted]:
+            job.answering.cancel()
+            self._active.remove(job)
+        return True
+
+    def _deliver(self, error: UserError | None) -> None:
+        """Hand over what came, to each event loop at once."""
+        found: list[tuple[Job, Chunk | UserError]] = []
+        for job in self._active:
+            if error is not None:
+                job.answering.cancel()
+                job.ended = True
+                found.append((job, error))
+                continue
+            try:
+                chunk = self._chunk(job)
+            except UserError as problem:
+                job.ended, chunk = True, problem
+            if chunk is not None:
+                found.append((job, chunk))
+        self._active = [each for each in self._active if not each.ended]
+        _put(found)
+
+    def _chunk(self, job: Job) -> Chunk | UserError | None:
+        answering = job.answering
+        text, ended = answering.take(), answering.ended
+        if not ended and _stutters(answering.steps):
+            answering.cancel()
+            ended = True
+        likely = self._likely(answering.steps[job.told :])
+        job.told, job.ended = len(answering.steps), ended
+        if ended:
+            return Chunk(text, likely, answering.answer())
+        return Chunk(text, likely) if text or likely else None
+
+    def _likely(self, steps: Sequence[Step]) -> tuple[Likely, ...]:
+        found = []
+        for step in steps:
+            if step.logprob is not None:
+                top = tuple(self._told(token, logprob) for token, logprob in step.top)
+                found.append(self._told(step.token, step.logprob, top))
+        return tuple(found)
+
+    def _told(self, token: int, logprob: float, top: tuple[Likely, ...] = ()) -> Likely:
+        data = self._model.tokenizer.bytes_of(token)
+        # JSON has no infinity.
+        return Likely(data.decode("utf-8", errors="replace"), tuple(data), max(logprob, -9999.0), top)
+
+
+def _stutters(steps: Sequence[Step]) -> bool:
+    """Whether an answer says one thing again and again."""
+    last = steps[-REPEATS:]
+    return len(last) == REPEATS and len({each.token for each in last}) == 1
+
+
+def _put(found: Sequence[tuple[Job, Chunk | UserError]]) -> None:
+    loops = {job.loop for job, _ in found}
+    for loop in loops:
+        mine = [(job.chunks, chunk) for job, chunk in found if job.loop is loop]
+        with suppress(RuntimeError):  # the loop has ended, and everybody with it
+            loop.call_soon_threadsafe(_put_all, mine)
+
+
+def _put_all(found: Sequence[tuple[asyncio.Queue[Chunk | UserError], Chunk | UserError]]) -> None:
+    for queue, chunk in found:
+        queue.put_nowait(chunk)
