@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-import ollama_store
 import pytest
-import tiny
-from ollama_store import LLAVA, PARAMS, TEMPLATE
 from PIL import Image
 
+import ollama_store
 import pumice
+import tiny
+from ollama_store import LLAVA, PARAMS, TEMPLATE
 from pumice import UserError, prompt
 from pumice.dialogue import Dialogue, Dressing, rendered
 from pumice.go_template import read_template

@@ -54,7 +54,6 @@ class NoRoom(UserError):
     """A model does not fit into the memory that there is."""
 
 
-
 def verdict(needs: Share, memory: Memory) -> Verdict:
     """`fits`: there is room for everything now. `no`: it is hopeless, for one of two reasons:
 

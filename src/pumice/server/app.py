@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from pumice.errors import UserError
-from pumice.server import library, ollama
+from pumice.server import library, ollama, own
 from pumice.server.answers import status_of
 from pumice.server.residents import Residents
 from pumice.server.settings import Settings
@@ -41,6 +41,7 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPI(title="pumice", lifespan=lifespan, redirect_slashes=False)
     app.include_router(ollama.routes(residents, settings))
     app.include_router(library.routes(residents, settings))
+    app.include_router(own.routes(residents, settings))
 
     @app.get("/health", tags=["operations"])
     async def health() -> Response:

@@ -140,7 +140,8 @@ def installed() -> Shelf:
 
 
 def _bundled(name: str) -> Folder:
-    return Folder(name, Path(__file__).resolve().parent.parent / "pebble" / BUNDLED[name], "package")
+    title = next(each for each, folder in BUNDLED.items() if ":" in each and folder == BUNDLED[name])
+    return Folder(title, Path(__file__).resolve().parent.parent / "pebble" / BUNDLED[name], "package")
 
 
 def _names_near(path: Path) -> list[str]:

@@ -1,0 +1,58 @@
+"""The server as a process: its socket, its signals, its end."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from contextlib import suppress
+
+import uvicorn
+
+from pumice.errors import UserError
+from pumice.server.app import create_app
+from pumice.server.settings import Settings
+
+SWITCH_S = 0.0005
+"""How long the engine's Python may keep the event loop from running; Python's own 5 ms would stand in each token."""
+BACKLOG = 2048
+
+
+def listening(settings: Settings) -> socket.socket:
+    """The socket of an address. Raises UserError, beginning as Ollama's does, for one that cannot be had."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    found = socket.socket(family)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((settings.host or "0.0.0.0", settings.port))
+    except OSError as error:
+        found.close()
+        place = f"{settings.host}:{settings.port}"
+        words = (error.strerror or str(error)).lower()
+        raise UserError(
+            f"listen tcp {place}: bind: {words}",
+            hint="another server may be there already: stop it, or give another --port",
+        ) from error
+    found.listen(BACKLOG)
+    return found
+
+
+def serve(settings: Settings) -> None:
+    """Answer until a signal comes; then take no more, let answers end, and leave. Raises UserError; see `listening`."""
+    place = listening(settings)
+    host, port = place.getsockname()[:2]
+    config = uvicorn.Config(
+        create_app(settings),
+        loop="asyncio",
+        http="h11",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(settings.drain_s)),
+        timeout_keep_alive=75,
+    )
+    sys.setswitchinterval(SWITCH_S)
+    print(f"Listening on http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr, flush=True)
+    with suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[place])
