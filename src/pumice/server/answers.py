@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -130,6 +130,44 @@ async def _with(first: Chunk, rest: AsyncIterator[Chunk]) -> AsyncIterator[Chunk
     yield first
     async for chunk in rest:
         yield chunk
+
+
+async def merged(sources: Sequence[AsyncIterator[Chunk]]) -> AsyncIterator[tuple[int, Chunk]]:
+    """What several answers give, as it comes, each with the answer's place."""
+    if len(sources) == 1:
+        async for chunk in sources[0]:
+            yield 0, chunk
+        return
+    queue: asyncio.Queue[tuple[int, Chunk] | UserError | None] = asyncio.Queue()
+
+    async def drain(index: int, source: AsyncIterator[Chunk]) -> None:
+        try:
+            async for chunk in source:
+                queue.put_nowait((index, chunk))
+            queue.put_nowait(None)
+        except UserError as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.ensure_future(drain(index, source)) for index, source in enumerate(sources)]
+    try:
+        left = len(tasks)
+        while left:
+            found = await queue.get()
+            if isinstance(found, UserError):
+                raise found
+            if found is None:
+                left -= 1
+            else:
+                yield found
+    finally:
+        for each in tasks:
+            each.cancel()
+
+
+def error_object(status: int, message: str) -> dict[str, object]:
+    """An error as OpenAI's API has it."""
+    kinds = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error"}
+    return {"message": message, "type": kinds.get(status, "api_error"), "param": None, "code": None}
 
 
 def status_of(error: UserError | Refused) -> tuple[int, str]:

@@ -13,14 +13,11 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from pumice.errors import UserError
-from pumice.server import library, ollama, own
-from pumice.server.answers import status_of
+from pumice.server import library, ollama, openai, own
+from pumice.server.answers import error_object, status_of
 from pumice.server.residents import Residents
 from pumice.server.settings import Settings
 from pumice.server.wire import Refused
-
-TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error"}
-"""OpenAI's names of errors."""
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -41,6 +38,7 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPI(title="pumice", lifespan=lifespan, redirect_slashes=False)
     app.include_router(ollama.routes(residents, settings))
     app.include_router(library.routes(residents, settings))
+    app.include_router(openai.routes(residents, settings))
     app.include_router(own.routes(residents, settings))
 
     @app.get("/health", tags=["operations"])
@@ -75,6 +73,5 @@ def create_app(settings: Settings) -> FastAPI:
 def envelope(request: Request, status: int, message: str) -> Response:
     """An error in the form of the API that was asked."""
     if request.url.path.startswith("/v1"):
-        kind = TYPES.get(status, "api_error")
-        return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status)
+        return JSONResponse({"error": error_object(status, message)}, status)
     return JSONResponse({"error": message}, status)
