@@ -1,1 +1,2 @@
-"""`pumice serve`: Ollama's and OpenAI's APIs, and a page for people. Nothing here loads PyTorch before a model is asked."""
+"""`pumice serve`: Ollama's and OpenAI's APIs, and a page for people. Nothing here loads PyTorch before a model is
+asked."""
