@@ -99,7 +99,7 @@ class Settings:
     """Of a request; a model's file (`/api/blobs`) is as long as it is."""
     max_images: int = 64
     """Pictures of one request."""
-    request_read_s: float = 60.0
+    request_read_s: float = 120.0
     """How long a request's body may take to come; of a model's file, how long it may stand still."""
     drain_s: float = 30.0
     """How long answers may take to end, once the server is told to stop."""
