@@ -152,7 +152,8 @@ def test_h_every_route_needs_a_key_but_health_and_the_page(locked: Site) -> None
     [
         "//v1/models", "/v1/../api/tags", "/v1/%2e%2e/api/tags", "/api%2ftags", "/%61pi/tags", "/API/TAGS",
         "/api/tags/", "/health/", "/health/../api/tags", "//health", "/HEALTH", "/%68ealth", "/health%00",
-        "/health;x", "/health%3f", "/healthz", "/./health", "/page/../api/tags", "/page/..%2fapi%2ftags", "/page/%2e%2e/api/tags", "/page//app.js",
+        "/health;x", "/health%3f", "/healthz", "/./health", "/page/../api/tags",
+        "/page/..%2fapi%2ftags", "/page/%2e%2e/api/tags", "/page//app.js",
         "/page/.secret", "/page/\\..\\app.js", "/page/app.js/", "/page/", "/page", "/Page/app.js", "/page/app%2ejs",
         "/page/./app.js", "//", "/%2f", "/?/../health/x#", "http://127.0.0.1/health", "http://127.0.0.1/api/tags", "*",
         "/docs", "/openapi.json", "/redoc",
@@ -283,7 +284,8 @@ def test_h_hosts_of_this_machine(unlocked: Site, host: str) -> None:
     [
         "evil.example", "evil.example:11434", "localhost.evil.example", "127.0.0.1.evil.example", "8.8.8.8",
         "[2606::1]", "notlocalhost", "local", "internal", "evil.local.example", "localhost@evil.example",
-        "localhost/evil", "evil.example#.local.", "localhost:11434:80", "2130706433", "[::1", "127.0.0.1\t.evil.example",
+        "localhost/evil", "evil.example#.local.", "localhost:11434:80", "2130706433", "[::1",
+        "127.0.0.1\t.evil.example",
     ],
 )  # fmt: skip
 def test_h_other_hosts_are_refused(unlocked: Site, host: str) -> None:
