@@ -1,38 +1,86 @@
-"""A server in this process, on a socket of its own."""
+"""An application on a real socket, in a thread, and requests to it byte for byte."""
 
 from __future__ import annotations
 
+import http.client
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import httpx2
 import uvicorn
 
-from pumice.server.app import create_app
-from pumice.server.running import listening
+from pumice.server.app import application
 from pumice.server.settings import Settings
 
 
 @contextmanager
-def served(settings: Settings | None = None) -> Iterator[str]:
-    """Its base URL, while it runs."""
-    settings = settings or Settings(port=0)
-    place = listening(settings)
-    config = uvicorn.Config(create_app(settings), log_config=None, ws="none", timeout_graceful_shutdown=5)
+def listening(app: Any, **options: Any) -> Iterator[int]:
+    """Serve `app` with uvicorn on a free port of 127.0.0.1; that port."""
+    config = uvicorn.Config(
+        app, **{"host": "127.0.0.1", "port": 0, "log_level": "critical", "access_log": False} | options
+    )
     server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [place]}, daemon=True)
+    thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
+    until = time.monotonic() + 60
     while not server.started:
+        assert thread.is_alive()
+        assert time.monotonic() < until
         time.sleep(0.01)
     try:
-        yield f"http://127.0.0.1:{place.getsockname()[1]}"
+        yield server.servers[0].sockets[0].getsockname()[1]
     finally:
-        server.should_exit = True
-        thread.join(30)
+        server.should_exit = server.force_exit = True
+        thread.join(60)
         assert not thread.is_alive()
+
+
+@contextmanager
+def served(settings: Settings | None = None) -> Iterator[str]:
+    """The whole server; its base URL."""
+    settings = settings or Settings(port=0)
+    with listening(application(settings), timeout_graceful_shutdown=5) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 def post(base: str, path: str, body: object) -> httpx2.Response:
     return httpx2.post(base + path, json=body, timeout=120)
+
+
+@dataclass
+class Reply:
+    status: int
+    headers: dict[str, str]
+    """By lower-case name, several of one name with a comma between."""
+    body: bytes
+
+
+def connected(port: int, timeout_s: float = 60) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), timeout=timeout_s)
+
+
+def reply(connection: socket.socket, method: str = "GET") -> Reply:
+    """The next answer that comes over a connection."""
+    response = http.client.HTTPResponse(connection, method=method)
+    response.begin()
+    headers: dict[str, str] = {}
+    for name, value in response.getheaders():
+        headers[name.lower()] = f"{headers[name.lower()]}, {value}" if name.lower() in headers else value
+    return Reply(response.status, headers, response.read())
+
+
+def ask(port: int, target: str, *lines: str, method: str = "GET", body: bytes = b"") -> Reply:
+    """One request with this target, exactly, and these header lines; Host is 127.0.0.1 where none of them is one."""
+    named = {line.partition(":")[0].lower() for line in lines}
+    more = [] if "host" in named else ["Host: 127.0.0.1"]
+    if body and not named & {"content-length", "transfer-encoding"}:
+        more.append(f"Content-Length: {len(body)}")
+    head = "\r\n".join([f"{method} {target} HTTP/1.1", *more, "Connection: close", *lines, "", ""])
+    with connected(port) as connection:
+        connection.sendall(head.encode("latin-1") + body)
+        return reply(connection, method)

@@ -202,6 +202,11 @@ class Model(Prompter):
         """One step of the engine, for who has opened questions and started them. False: it has nothing to do."""
         return self.engine.step()
 
+    @property
+    def cache_share(self) -> float:
+        """Of the engine's cache, what requests under way hold: 0 to 1."""
+        return self.engine.pages_held / self.engine.pages
+
     def limit(self, limits: Limits) -> None:
         """What the engine may take from now on. What it knows of earlier questions is forgotten. Raises UserError for a
         cache folder that cannot be made."""

@@ -167,6 +167,11 @@ class Engine:
         return self._passes.bytes
 
     @property
+    def pages(self) -> int:
+        """Pages that there are."""
+        return self._scheduler.positions // PAGE
+
+    @property
     def pages_held(self) -> int:
         """Pages of requests under way."""
         return self._scheduler.cache.held

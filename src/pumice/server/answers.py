@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
-
 from pumice.errors import UserError
 from pumice.server.asked import Asked, Ready, context_ids, ready
+from pumice.server.metrics import Finished
 from pumice.server.residents import Resident, Residents
-from pumice.server.wire import Refused
 
 if TYPE_CHECKING:
     from pumice.answer import Answer, Answering
@@ -89,89 +84,46 @@ async def begun(
             return found, model.open(found.question, found.seen)
 
         found, answering = await residents.read(read)
-        async with aclosing(resident.worker.answer(answering)) as chunks:
-            first = await anext(chunks)
-            yield Coming(clock, found, resident, _with(first, chunks))
-
-
-class Streamed(StreamingResponse):
-    """A response that comes in pieces; what it needs is let go when it is over, however it ends."""
-
-    def __init__(self, pieces: AsyncIterator[bytes], needs: AsyncExitStack, media_type: str) -> None:
-        super().__init__(pieces, media_type=media_type)
-        self._needs = needs
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._needs:
-            await super().__call__(scope, receive, send)
-
-
-async def unless_gone(request: Request, work: Coroutine[None, None, T]) -> T:
-    """The result of some work, which is cancelled when the client goes away. Raises ClientDisconnect then."""
-    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
-    try:
-        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientDisconnect
-    finally:
-        for each in (working, gone):
-            each.cancel()
-            with suppress(asyncio.CancelledError, UserError, Refused):
-                await each
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _with(first: Chunk, rest: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
-    yield first
-    async for chunk in rest:
-        yield chunk
-
-
-async def merged(sources: Sequence[AsyncIterator[Chunk]]) -> AsyncIterator[tuple[int, Chunk]]:
-    """What several answers give, as it comes, each with the answer's place."""
-    if len(sources) == 1:
-        async for chunk in sources[0]:
-            yield 0, chunk
-        return
-    queue: asyncio.Queue[tuple[int, Chunk] | UserError | None] = asyncio.Queue()
-
-    async def drain(index: int, source: AsyncIterator[Chunk]) -> None:
+        tally = Tally()
         try:
-            async for chunk in source:
-                queue.put_nowait((index, chunk))
-            queue.put_nowait(None)
-        except UserError as error:
-            queue.put_nowait(error)
-
-    tasks = [asyncio.ensure_future(drain(index, source)) for index, source in enumerate(sources)]
-    try:
-        left = len(tasks)
-        while left:
-            found = await queue.get()
-            if isinstance(found, UserError):
-                raise found
-            if found is None:
-                left -= 1
-            else:
-                yield found
-    finally:
-        for each in tasks:
-            each.cancel()
+            async with aclosing(resident.worker.answer(answering)) as chunks:
+                first = await anext(chunks)
+                tally.first_s = time.monotonic() - came_s
+                yield Coming(clock, found, resident, tally.watched(first, chunks))
+        finally:
+            residents.metrics.finished(tally.finished(resident, answering, came_s))
 
 
-def error_object(status: int, message: str) -> dict[str, object]:
-    """An error as OpenAI's API has it."""
-    kinds = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error"}
-    return {"message": message, "type": kinds.get(status, "api_error"), "param": None, "code": None}
+@dataclass
+class Tally:
+    """What becomes of one answer, for the metrics."""
 
+    first_s: float | None = None
+    answer: Answer | None = None
+    failed: bool = False
 
-def status_of(error: UserError | Refused) -> tuple[int, str]:
-    """The status and the words of an error."""
-    if isinstance(error, Refused):
-        return error.status, error.message
-    return 400, f"{error.message}: {error.hint}"
+    async def watched(self, first: Chunk, rest: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
+        self.answer = first.answer
+        yield first
+        try:
+            async for chunk in rest:
+                self.answer = chunk.answer
+                yield chunk
+        except UserError:
+            self.failed = True
+            raise
+
+    def finished(self, resident: Resident, answering: Answering, came_s: float) -> Finished:
+        ended = (
+            self.answer.finish_reason if self.answer else "error" if self.failed or self.first_s is None else "abort"
+        )
+        return Finished(
+            model=resident.installed.title,
+            reason=self.answer.finish_reason if self.answer else unended,
+            prompt_tokens=len(answering.request.ids),
+            cached_tokens=self.answer.cached_tokens if self.answer else 0,
+            generated_tokens=len(answering.steps),
+            images=len(answering.request.images),
+            first_token_s=self.first_s,
+            whole_s=time.monotonic() - came_s,
+        )

@@ -11,17 +11,26 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.types import ASGIApp
 
 from pumice.errors import UserError
 from pumice.server import library, ollama, openai, own
-from pumice.server.answers import error_object, status_of
+from pumice.server.guard import Guard
+from pumice.server.logs import AccessLog
+from pumice.server.metrics import CONTENT_TYPE
 from pumice.server.residents import Residents
 from pumice.server.settings import Settings
+from pumice.server.streams import error_object, status_of
 from pumice.server.wire import Refused
 
 
+def application(settings: Settings) -> ASGIApp:
+    """The whole server: the routes, who may ask them, and a line in the log for each request."""
+    return AccessLog(Guard(create_app(settings), settings), debug=settings.debug)
+
+
 def create_app(settings: Settings) -> FastAPI:
-    """The whole server as an ASGI application."""
+    """The routes."""
     residents = Residents(settings)
 
     @asynccontextmanager
@@ -48,6 +57,11 @@ def create_app(settings: Settings) -> FastAPI:
         if stuck:
             return JSONResponse({"status": "stuck", "models": stuck}, 503)
         return JSONResponse({"status": "ok"})
+
+    @app.get("/metrics", tags=["operations"])
+    async def counts() -> Response:
+        """For Prometheus."""
+        return Response(residents.metrics.text(), media_type=CONTENT_TYPE)
 
     @app.exception_handler(Refused)
     @app.exception_handler(UserError)

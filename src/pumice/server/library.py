@@ -16,10 +16,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from pumice import store
 from pumice.errors import UserError
-from pumice.server.answers import status_of
 from pumice.server.documents import body
 from pumice.server.residents import Resident, Residents, named
 from pumice.server.settings import Settings
+from pumice.server.streams import status_of
 from pumice.server.wire import NDJSON, Fields, Refused, line, timestamp
 from pumice.store import Installed, Name, Stored, facts
 from pumice.store.transfer import Progress

@@ -14,11 +14,12 @@ from starlette.responses import JSONResponse, Response
 from pumice.durations import keep_alive
 from pumice.errors import UserError
 from pumice.ollama_prompt import Turn
-from pumice.server.answers import Coming, Streamed, begun, status_of, unless_gone
+from pumice.server.answers import Coming, begun
 from pumice.server.asked import Asked
 from pumice.server.documents import body
 from pumice.server.residents import Residents, named
 from pumice.server.settings import Settings
+from pumice.server.streams import Streamed, status_of, unless_gone
 from pumice.server.wire import NDJSON, Fields, Refused, image_bytes, line, timestamp
 from pumice.store import Installed, Stored, facts
 

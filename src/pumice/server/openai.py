@@ -16,12 +16,13 @@ from starlette.responses import JSONResponse, Response
 from pumice import store
 from pumice.durations import keep_alive
 from pumice.errors import UserError
-from pumice.server.answers import Coming, Streamed, begun, error_object, merged, status_of, unless_gone
+from pumice.server.answers import Coming, begun
 from pumice.server.asked import Asked
 from pumice.server.documents import body
 from pumice.server.openai_request import asked_of, chat_turns, completion_turns
 from pumice.server.residents import Residents, named
 from pumice.server.settings import Settings
+from pumice.server.streams import Streamed, error_object, merged, status_of, unless_gone
 from pumice.server.wire import Fields, Refused
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from pumice import store
 from pumice.durations import FOREVER_NS, SECOND_NS
 from pumice.errors import UserError
 from pumice.server.asked import Contexts
+from pumice.server.metrics import Metrics, Standing
 from pumice.server.settings import Settings
 from pumice.server.wire import Refused
 from pumice.store import Installed, Stored
@@ -68,6 +69,7 @@ class Residents:
         self.readers = ThreadPoolExecutor(2, "reading")
         """Where pictures are decoded and prompts are cut into tokens."""
         self.pending = 0
+        self.metrics = Metrics(self._standings)
 
     @property
     def all(self) -> list[Resident]:
@@ -81,11 +83,13 @@ class Residents:
         keep_ns: how long it then stays; None leaves that as it is. Raises Refused for too many requests and a name that
         leads nowhere, UserError for a model that cannot be loaded.
         """
+        installed = named(name)
         if self.pending >= self._settings.max_queue:
+            self.metrics.refused(installed.title)
             raise Refused(503, BUSY)
         self.pending += 1
         try:
-            resident = await self._resident(name)
+            resident = await self._resident(installed)
             resident.users += 1
             if keep_ns is not None:
                 resident.keep_ns = keep_ns
@@ -143,8 +147,15 @@ class Residents:
     async def _in(self, executor: ThreadPoolExecutor, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(executor, work)
 
-    async def _resident(self, name: str) -> Resident:
-        installed = named(name)
+    def _standings(self) -> list[Standing]:
+        return [
+            Standing(
+                each.installed.title, each.worker.waiting, each.users - each.worker.waiting, each.model.cache_share
+            )
+            for each in self._residents.values()
+        ]
+
+    async def _resident(self, installed: Installed) -> Resident:
         key = _key(installed)
         if key not in self._residents:
             async with self._loading:

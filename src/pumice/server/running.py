@@ -9,7 +9,8 @@ from contextlib import suppress
 import uvicorn
 
 from pumice.errors import UserError
-from pumice.server.app import create_app
+from pumice.server.app import application
+from pumice.server.logs import config as log_config
 from pumice.server.settings import Settings
 
 SWITCH_S = 0.0005
@@ -41,12 +42,12 @@ def serve(settings: Settings) -> None:
     place = listening(settings)
     host, port = place.getsockname()[:2]
     config = uvicorn.Config(
-        create_app(settings),
+        application(settings),
         loop="asyncio",
         http="h11",
         ws="none",
         lifespan="on",
-        log_config=None,
+        log_config=log_config(debug=settings.debug),
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=max(1, round(settings.drain_s)),
