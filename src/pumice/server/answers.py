@@ -6,19 +6,16 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from pumice.errors import UserError
 from pumice.server.asked import Asked, Ready, context_ids, ready
-from pumice.server.metrics import Finished
+from pumice.server.metrics import Finished, Reason
 from pumice.server.residents import Resident, Residents
 
 if TYPE_CHECKING:
     from pumice.answer import Answer, Answering
     from pumice.server.worker import Chunk
-
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -114,9 +111,7 @@ class Tally:
             raise
 
     def finished(self, resident: Resident, answering: Answering, came_s: float) -> Finished:
-        ended = (
-            self.answer.finish_reason if self.answer else "error" if self.failed or self.first_s is None else "abort"
-        )
+        unended: Reason = "error" if self.failed or self.first_s is None else "abort"
         return Finished(
             model=resident.installed.title,
             reason=self.answer.finish_reason if self.answer else unended,
