@@ -636,7 +636,9 @@ def test_a7_an_inner_host_is_refused_unless_allowed(
         ("8.8.8.8", False), ("2606:4700::1111", False), ("::ffff:8.8.8.8", False), ("::1", True),
         ("::ffff:127.0.0.1", True), ("::ffff:10.0.0.1", True), ("fe80::1", True), ("fe80::1%eth0", True),
         ("fd00::1", True), ("64:ff9b::7f00:1", True), ("64:ff9b::808:808", False), ("2002:7f00:1::", True),
-        ("224.0.0.1", True), ("ff02::1", True), ("255.255.255.255", True), ("::", True),
+        ("224.0.0.1", True), ("ff02::1", True), ("255.255.255.255", True), ("::", True), ("::127.0.0.1", True),
+        ("::808:808", True), ("2001::1", True), ("4000::1", True), ("64:ff9b:1::808:808", True), ("192.0.0.192", True),
+        ("168.63.129.16", True), ("168.63.129.17", False), ("100.100.100.200", True),
     ],
 )  # fmt: skip
 def test_a7_addresses(address: str, inner: bool) -> None:

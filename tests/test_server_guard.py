@@ -25,6 +25,7 @@ from starlette.routing import Mount, Route
 
 from pumice.server import guard
 from pumice.server.guard import Guard
+from pumice.server.patience import Patient
 from pumice.server.settings import Settings
 from served import ask, connected, listening, reply
 
@@ -551,3 +552,56 @@ def test_requests_follow_each_other_on_one_connection(locked: Site) -> None:
             head = f"POST /api/chat HTTP/1.1\r\nHost: localhost\r\n{KEY}\r\nContent-Length: {length}\r\n\r\n"
             connection.sendall(head.encode() + bytes(length))
             assert reply(connection).body == f"{length} bytes".encode()
+
+
+class Quick(Patient):
+    head_s = 1.0
+
+
+def closed_after(connection: socket.socket, began: float) -> float:
+    """Seconds until the other side hangs up."""
+    connection.settimeout(60)
+    try:
+        while connection.recv(1000):
+            pass
+    except ConnectionResetError:
+        pass
+    return time.monotonic() - began
+
+
+def test_g_idle_connections(locked: Site) -> None:
+    """attacks.md G: many connections that ask nothing, or not to the end, go; meanwhile others are answered."""
+    with listening(Guard(locked.app, Settings()), http=Quick) as port:
+        began = time.monotonic()
+        idle = [connected(port) for _ in range(300)]
+        for number, each in enumerate(idle):
+            each.sendall((b"", b"G", b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ")[number % 3])
+        assert ask(port, "/api/tags").status == 200
+        for each in idle:
+            with each:
+                assert closed_after(each, began) < 30
+        with connected(port) as slow:
+            began, until = time.monotonic(), time.monotonic() + 30
+            slow.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n")
+            try:
+                while time.monotonic() < until:
+                    slow.sendall(b"X: y\r\n")
+                    time.sleep(0.05)
+            except (BrokenPipeError, ConnectionResetError):
+                pass
+            assert time.monotonic() < until
+
+
+def test_busy_connections_stay(locked: Site) -> None:
+    """Neither a connection that asks again and again is hung up, nor one whose answer takes long."""
+    locked.go_on.clear()
+    with listening(Guard(locked.app, Settings()), http=Quick) as port, connected(port) as busy, connected(port) as long:
+        long.sendall(b"GET /stream HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        for _ in range(12):
+            busy.sendall(b"GET /api/tags HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert reply(busy).status == 200
+            time.sleep(0.3)
+        locked.go_on.set()
+        got = b""
+        while b"two\n" not in got:
+            got += long.recv(1000)

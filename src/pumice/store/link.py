@@ -19,7 +19,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import httpx2
 
@@ -30,6 +30,12 @@ MOST_REDIRECTS = 10
 CONNECT_S, WHOLE_S = 10.0, 60.0
 """Seconds for a connection, and for a small answer as a whole."""
 PORTS = {"https": 443, "http": 80}
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+"""RFC 6052: the last 32 bits are an IPv4 address."""
+_PUBLIC_IPV6 = ipaddress.ip_network("2000::/3")
+_SPECIAL = tuple(map(ipaddress.ip_network, ("168.63.129.16/32", "192.0.0.0/24", "2001::/23")))
+"""Numbers that look public, or do to some Pythons: where machines in Azure and Oracle's cloud find their host, and what
+IANA keeps for protocols."""
 INNER_HINT = "--insecure allows it, by http; with https:// before the name, by https"
 
 
@@ -47,6 +53,11 @@ class Reach:
     """Addresses that are not of the public internet are allowed: loopback, private, link-local."""
     silent_s: float = 30.0
     """How long an answer may stand still before it counts as broken off."""
+    whole_s: float | None = None
+    """How long a request may take with its redirects and its body, however busily it comes; looking names up is the
+    system's and has times of its own. None sets no end."""
+    direct: bool = False
+    """By no proxy, which would look names up itself and may find other addresses than were checked."""
 
 
 class Target(NamedTuple):
@@ -91,9 +102,7 @@ class Answer:
     def hang_up(self) -> None:
         """End the answer from another thread: who waits for its next bytes wakes up."""
         stream = self._response.extensions["network_stream"]
-        # Not the socket's own method: TLS sockets forget there that they are ones, under a reader's feet.
-        with suppress(OSError):
-            socket.socket.shutdown(stream.get_extra_info("socket"), socket.SHUT_RDWR)
+        _shut(stream.get_extra_info("socket"))
 
 
 class Link:
@@ -102,6 +111,7 @@ class Link:
     def __init__(self, home: str, reach: Reach) -> None:
         """`home` is a URL of the origin. Raises UserError for what is no URL."""
         self.home = _url(home)
+        self._whole_s = reach.whole_s
         self.authorization: str | None = None
         """Sent to the home origin with each request, once it is set."""
         # Certificates of the system, which a company's own are among, and no proxy but by _proxy.
@@ -121,13 +131,15 @@ class Link:
         Raises UserError where a redirect or address may not be followed, or the answer is compressed; Unreachable
         where none comes, or its body breaks off inside the block.
         """
+        clock = _Clock()
         try:
-            response = self._followed(target)
-            try:
-                _refuse_compressed(response)
-                yield Answer(response.status_code, response.headers, str(response.url), response)
-            finally:
-                response.close()
+            with clock.running(self._whole_s):
+                response = self._followed(target, clock)
+                try:
+                    _refuse_compressed(response)
+                    yield Answer(response.status_code, response.headers, str(response.url), response)
+                finally:
+                    response.close()
         except (httpx2.TransportError, httpx2.StreamError) as error:
             if _is_about_certificate(error):
                 raise UserError(
@@ -138,7 +150,7 @@ class Link:
                 f"{shortened(self.home.host)} does not answer", hint="check the network and the name; then try again"
             ) from error
 
-    def _followed(self, target: Target) -> httpx2.Response:
+    def _followed(self, target: Target, clock: _Clock) -> httpx2.Response:
         url, away = self.home.join(_url(target.url)), False
         for _ in range(MOST_REDIRECTS + 1):
             away = away or origin(url) != origin(self.home)
@@ -147,7 +159,8 @@ class Link:
                 headers.setdefault("Authorization", self.authorization)
             elif away:
                 headers.pop("Authorization", None)
-            request = self._client.build_request(target.verb, url, headers=headers, content=target.body or None)
+            body, watch = target.body or None, {"trace": clock.see}
+            request = self._client.build_request(target.verb, url, headers=headers, content=body, extensions=watch)
             # What .netrc says is for the one question that asks for it (registry.py), not for every request.
             response = self._client.send(request, stream=True, auth=None, follow_redirects=False)
             if not (target.verb in ("GET", "HEAD") and response.status_code in (301, 302, 303, 307, 308)):
@@ -158,6 +171,42 @@ class Link:
                 raise UserError("the registry redirects from https to something else", hint="ask another registry")
             url = there
         raise UserError(f"more than {MOST_REDIRECTS} redirects came, one after another", hint="ask another registry")
+
+
+class _Clock:
+    """Hangs up on all that a request has connected to, once its time is over. A timeout of a socket cannot: it begins
+    anew with each byte."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sockets: list[socket.socket] = []
+        self._is_over = False
+
+    @contextmanager
+    def running(self, seconds: float | None) -> Iterator[None]:
+        timer = threading.Timer(seconds, self._end) if seconds is not None else None
+        if timer is not None:
+            timer.daemon = True
+            timer.start()
+        try:
+            yield
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def see(self, event: str, about: Mapping[str, Any]) -> None:
+        """What httpcore2 tells of a request; a connection when there is one, and again when it speaks TLS."""
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            with self._lock:
+                self._sockets.append(about["return_value"].get_extra_info("socket"))
+                if self._is_over:
+                    _shut(self._sockets[-1])
+
+    def _end(self) -> None:
+        with self._lock:
+            self._is_over = True
+            for each in self._sockets:
+                _shut(each)
 
 
 class _Guard(httpx2.BaseTransport):
@@ -173,7 +222,7 @@ class _Guard(httpx2.BaseTransport):
         url = request.url
         if url.scheme != "https" and not (url.scheme == "http" and self._reach.plain):
             raise UserError("insecure protocol http", hint="--insecure allows a registry without https")
-        proxy = _proxy(url)
+        proxy = None if self._reach.direct else _proxy(url)
         if proxy is not None:
             # The proxy looks names up, so only what is an address already can be checked.
             _refuse_inner([url.host] if _is_address(url.host) else [], self._reach)
@@ -223,12 +272,14 @@ def is_inner(address: str) -> bool:
     """Is this an address that the public internet does not lead to, also as IPv6 wraps one of IPv4?"""
     parsed = ipaddress.ip_address(address)
     if isinstance(parsed, ipaddress.IPv6Address):
-        if parsed in ipaddress.ip_network("64:ff9b::/96"):  # RFC 6052: the last 32 bits are an IPv4 address
-            return is_inner(str(ipaddress.IPv4Address(parsed.packed[-4:])))
         wrapped = parsed.ipv4_mapped or parsed.sixtofour
+        if parsed in _NAT64:
+            wrapped = ipaddress.IPv4Address(parsed.packed[-4:])
         if wrapped is not None:
             return is_inner(str(wrapped))
-    return not parsed.is_global or parsed.is_multicast
+        if parsed not in _PUBLIC_IPV6:
+            return True
+    return not parsed.is_global or parsed.is_multicast or any(parsed in each for each in _SPECIAL)
 
 
 def origin(url: httpx2.URL) -> tuple[str, str, int | None]:
@@ -254,6 +305,12 @@ def _url(text: str) -> httpx2.URL:
         return httpx2.URL(text)
     except httpx2.InvalidURL as error:
         raise UserError(f"{shortened(text)} is no URL", hint="check the model's name and its registry") from error
+
+
+def _shut(connection: socket.socket) -> None:
+    # Not the socket's own method: TLS sockets forget there that they are ones, under a reader's feet.
+    with suppress(OSError):
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
 def _is_about_certificate(error: BaseException | None) -> bool:
