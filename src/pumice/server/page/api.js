@@ -11,7 +11,7 @@ export class Refused extends Error {}
 /** No answer came, or it broke off: the server is gone, or the way to it. */
 export class Gone extends Error {}
 
-/** Sends `gone` (with seconds until the next look) and `back`. */
+/** Sends `gone` and `back`. */
 export const presence = new EventTarget();
 
 let isGone = false;
@@ -134,11 +134,11 @@ function come() {
 function leave() {
   if (isGone) return;
   isGone = true;
+  presence.dispatchEvent(new Event("gone"));
   wait();
 }
 
 function wait() {
-  presence.dispatchEvent(new CustomEvent("gone", { detail: pause }));
   clearTimeout(timer);
   timer = setTimeout(look, pause * 1000);
   pause = Math.min(pause * 1.5, LONGEST_PAUSE_S);

@@ -12,8 +12,8 @@ import { ask } from "./talk.js";
 import { announceAnswer, atEnd, redraw, toEnd, turnView } from "./turns.js";
 
 const SAMPLES = [
-  { text: "What does the sign say?", picture: "sample-sign.png", name: "a sign" },
-  { text: "Describe the picture.", picture: "sample-shapes.png", name: "shapes" },
+  { text: "What does the sign say?", picture: "sample-sign.png" },
+  { text: "Describe the picture.", picture: "sample-shapes.png" },
 ];
 const SAVE_EVERY_MS = 1000; // while an answer is written
 const TITLE = "New chat";
@@ -66,7 +66,6 @@ function draw() {
   const empty = chat.turns.length === 0;
   $("welcome").hidden = !empty;
   $("turns").replaceChildren(...chat.turns.map((turn) => turnView(turn, pictures, act)));
-  $("turns").classList.toggle("wide", chat.turns.some((turn) => turn.answers.length > 1));
   $("chat-title").textContent = chat.title;
   document.title = empty ? "pumice" : `${chat.title} · pumice`;
   sidebar.draw();
@@ -169,7 +168,7 @@ function seeAttached() {
 // ---- the page around it
 
 function samples() {
-  for (const { text, picture, name } of SAMPLES) {
+  for (const { text, picture } of SAMPLES) {
     const address = new URL(picture, import.meta.url);
     const onclick = async () => {
       composer.write(text);
@@ -177,7 +176,7 @@ function samples() {
       const blob = await (await fetch(address)).blob();
       await composer.add([new File([blob], picture, { type: blob.type })]);
     };
-    $("samples").append(el("button", { type: "button", class: "sample", onclick }, el("img", { src: address, alt: "", width: 72, height: 72 }), el("span", {}, el("strong", {}, text), el("span", { class: "quiet" }, `about ${name}, or your picture`))));
+    $("samples").append(el("button", { type: "button", class: "sample", onclick }, el("img", { src: address, alt: "", width: 72, height: 72 }), el("span", {}, el("strong", {}, text), el("span", { class: "quiet" }, "a sample picture, or yours"))));
   }
 }
 
@@ -224,8 +223,7 @@ async function askForKey(why) {
   return (await closed) === "yes" ? $("key-value").value : null;
 }
 
-function gone({ detail }) {
-  $("banner-text").textContent = `The server does not answer. Looking again in ${Math.round(detail)} s…`;
+function gone() {
   $("banner").hidden = false;
 }
 
@@ -279,7 +277,7 @@ function wire() {
   $("form-chip").addEventListener("click", settings.toText);
   $("stop").addEventListener("click", () => running?.controller.abort());
   $("retry").addEventListener("click", api.look);
-  $("key-cancel").addEventListener("click", () => $("key").close(""));
+  for (const cancel of document.querySelectorAll(".cancel")) cancel.addEventListener("click", () => cancel.closest("dialog").close(""));
   $("to-end").addEventListener("click", toEnd);
   $("main").addEventListener("scroll", scrolled, { passive: true });
   document.addEventListener("keydown", (event) => {

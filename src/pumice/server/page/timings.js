@@ -2,13 +2,14 @@
 
 import { el, number, plural, seconds } from "./dom.js";
 
-const rate = (tokens, s) => (tokens > 0 && s > 0 ? `${(tokens / s).toFixed(tokens / s < 100 ? 1 : 0)} tokens/s` : "");
+const rate = (tokens, s) => (tokens > 0 && s > 0 ? `${tokens / s < 100 ? (tokens / s).toFixed(1) : number(Math.round(tokens / s))} tokens/s` : "");
 
 /** A <details> for an answer's timings. */
 export function timingsView(t) {
   const speed = rate(t.answerTokens, t.writeS);
   const line = [plural(t.answerTokens, "token"), seconds(t.totalS), speed].filter(Boolean).join(" · ");
-  return el("details", { class: "timings" }, el("summary", {}, line), body(t));
+  const opened = (event) => event.target.open && event.target.scrollIntoView({ block: "nearest" });
+  return el("details", { class: "timings", ontoggle: opened }, el("summary", {}, line), body(t));
 }
 
 function phases(t) {
@@ -40,7 +41,7 @@ function body(t) {
     el("thead", { class: "sr" }, el("tr", {}, ["Phase", "Time", "Tokens", "Speed"].map((name) => el("th", { scope: "col" }, name)))),
     el("tbody", {}, rows.map(row)),
   );
-  return el("div", { class: "timings-body" }, bar, el("div", { class: "scroll" }, table), el("p", { class: "quiet" }, remarks(t)));
+  return el("div", { class: "timings-body" }, bar, table, el("p", { class: "quiet" }, remarks(t)));
 }
 
 const row = ({ name, kind, s, what, speed }) =>

@@ -25,7 +25,7 @@ export function turnView(turn, pictures, act) {
     el(
       "div",
       { class: "asked" },
-      el("h3", { class: "sr" }, "You asked"),
+      el("h2", { class: "sr" }, "You asked"),
       shown.length ? el("ul", { class: "pictures" }, shown.map((picture) => el("li", {}, pictureButton(picture, () => act.see(turn))))) : null,
       turn.text ? el("p", { class: "bubble" }, turn.text) : null,
       turn.format ? el("p", { class: "quiet" }, "to be answered as JSON") : null,
@@ -96,7 +96,7 @@ function ending(answer, turn, act) {
   if (answer.note) nodes.push(el("p", { class: "quiet" }, answer.note));
   const copy = answer.text && navigator.clipboard ? iconButton("copy", "Copy the answer", () => copied(answer.text)) : null;
   const again = act.isLast(turn) ? iconButton("again", "Ask again", () => act.again(turn)) : null;
-  nodes.push(el("footer", {}, answer.timings ? timingsView(answer.timings) : null, el("span", { class: "grow" }), copy, again));
+  nodes.push(el("footer", {}, answer.timings ? timingsView(answer.timings) : null, el("div", { class: "actions" }, copy, again)));
   return nodes;
 }
 
