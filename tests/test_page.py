@@ -229,7 +229,7 @@ def test_first_visit(visit: Callable[..., Visit]) -> None:
     expect(page.get_by_role("group", name="Sample questions").get_by_role("button")).to_have_count(2)
     expect(page.get_by_label("Your question", exact=True)).to_be_focused()
     expect(page.get_by_role("navigation", name="Chats")).to_contain_text("kept in this browser only")
-    expect(page.get_by_label("Model", exact=True).get_by_role("option")).to_have_count(2)
+    expect(page.get_by_label("Model", exact=True)).to_contain_text("pebble")
 
 
 @needs_chromium
@@ -341,6 +341,35 @@ def test_an_answer_is_stopped(visit: Callable[..., Visit], faulty: Stub, how: st
     there.ask("What does the sign say?")
     there.answered()
     assert faulty.bodies("/api/chat")[-1]["messages"][1]["content"].strip() == words.strip()
+
+
+@needs_chromium
+def test_an_answer_goes_on_while_another_chat_is_open(visit: Callable[..., Visit], faulty: Stub) -> None:
+    faulty.pause_s = 0.3
+    there = visit()
+    there.ask("What does the sign say?")
+    expect(there.page.locator(".answer .text")).to_contain_text("The sign")
+    there.page.get_by_role("button", name="New chat").click()
+    expect(there.page.locator(".answer")).to_have_count(0)
+    there.ask("Meanwhile?")
+    expect(there.page.get_by_role("alert")).to_contain_text("An answer is still being written")
+    there.page.get_by_role("button", name="What does the sign say?", exact=True).click()
+    expect(there.answered()).to_contain_text("on a red board.")
+    assert len(faulty.bodies("/api/chat")) == 1
+
+
+@needs_chromium
+def test_a_question_is_asked_again_of_another_model(visit: Callable[..., Visit], faulty: Stub) -> None:
+    there = visit()
+    for count, text in enumerate(("One.", "Two."), 1):
+        there.ask(text)
+        there.answered(count)
+    expect(there.page.get_by_role("button", name="Ask again")).to_have_count(1)  # of the last turn alone
+    there.page.get_by_label("Model", exact=True).select_option("pebble:1.5")
+    there.page.get_by_role("button", name="Ask again").click()
+    expect(there.page.locator(".answer .who")).to_have_text(["pebble:latest", "pebble:1.5"])
+    there.answered(2)
+    assert [len(each["messages"]) for each in faulty.bodies("/api/chat")] == [1, 3, 3]
 
 
 @needs_chromium
@@ -671,7 +700,8 @@ FOCUSED = """() => {
   const at = document.activeElement;
   const words = at.labels?.[0]?.innerText || at.getAttribute("aria-label") || at.innerText || at.title || "";
   const frame = getComputedStyle(at.id === "question" ? at.closest(".box") : at); // its box has the outline
-  return [at === document.body ? "" : words.trim().split("\\n")[0], at === document.body || frame.outlineStyle !== "none"];
+  const none = at === document.body; // between the page's end and its start
+  return [none ? "" : words.trim().split("\\n")[0], none || frame.outlineStyle !== "none"];
 }"""
 
 

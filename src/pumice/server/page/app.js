@@ -17,12 +17,13 @@ const SAMPLES = [
 ];
 const SAVE_EVERY_MS = 1000; // while an answer is written
 const TITLE = "New chat";
+const NO_MODEL = "There is no model on this server yet: pull one with Models, above.";
 
 let chat = null; // the open one
 let pictures = new Map(); // its pictures by id
 let running = null; // {chat, pictures, controller} while answers come
 
-const act = { see: seeTurn, again, isLast: (turn) => chat?.turns.at(-1) === turn };
+const act = { see: seeTurn, again };
 
 // ---- chats
 
@@ -63,13 +64,27 @@ async function openByAddress() {
 }
 
 function draw() {
-  const empty = chat.turns.length === 0;
-  $("welcome").hidden = !empty;
+  $("welcome").hidden = chat.turns.length > 0;
   $("turns").replaceChildren(...chat.turns.map((turn) => turnView(turn, pictures, act)));
-  $("chat-title").textContent = chat.title;
-  document.title = empty ? "pumice" : `${chat.title} · pumice`;
-  sidebar.draw();
+  drawTitle();
   scrolled();
+}
+
+function drawTitle() {
+  $("chat-title").textContent = chat.title;
+  document.title = chat.turns.length ? `${chat.title} · pumice` : "pumice";
+  sidebar.draw();
+}
+
+/** Draws a turn that is new, or asked again, at the end; the others stay as they are. */
+function drawLast(turn) {
+  const view = turnView(turn, pictures, act);
+  const shown = $("turns").children;
+  if (shown.length === chat.turns.length) shown[shown.length - 1].replaceWith(view);
+  else $("turns").append(view);
+  $("welcome").hidden = true;
+  drawTitle();
+  toEnd();
 }
 
 async function keep(which, added = []) {
@@ -92,9 +107,9 @@ function forget(id) {
 // ---- asking
 
 async function send() {
-  if (running) return;
   await composer.ready();
-  const problem = unfit();
+  const nothing = !$("question").value.trim() && !composer.pictures().length;
+  const problem = unready() ?? (nothing ? "Write a question, or add a picture." : null);
   if (problem) return composer.trouble(problem);
   const { text, pictures: added } = composer.taken();
   const turn = { text, pictures: added.map(({ id }) => id), format: settings.format(), answers: [] };
@@ -105,9 +120,10 @@ async function send() {
   await run(turn, added);
 }
 
-function unfit() {
-  if (!$("question").value.trim() && !composer.pictures().length) return "Write a question, or add a picture.";
-  if (!models.chosen().length) return "There is no model on this server yet: pull one with Models, above.";
+/** Words for why nothing can be asked now, or null. */
+function unready() {
+  if (running) return "An answer is still being written: wait for it, or stop it.";
+  if (!models.chosen().length) return NO_MODEL;
   const setting = settings.problem();
   if (!setting) return null;
   settings.open(setting.field);
@@ -115,7 +131,9 @@ function unfit() {
 }
 
 async function again(turn) {
-  if (running) return;
+  const problem = unready();
+  if (problem) return composer.trouble(problem);
+  composer.trouble("");
   turn.format = settings.format();
   await run(turn);
 }
@@ -129,9 +147,8 @@ async function run(turn, added = []) {
   asked.changed = Date.now();
   running = { chat: asked, pictures: shown, controller: new AbortController() };
   composer.busy(true);
+  drawLast(turn);
   await keep(asked, added);
-  draw();
-  toEnd();
   for (const column of turn.answers.keys()) await answer(asked, turn, column, shown);
   running = null;
   composer.busy(false);
@@ -160,6 +177,7 @@ function seeTurn(turn) {
 }
 
 function seeAttached() {
+  if (!models.chosen().length) return composer.trouble(NO_MODEL);
   const attached = composer.pictures();
   const shown = new Map(attached.map((picture) => [picture.id, picture]));
   return see(models.chosen(), { pictures: [...shown.keys()] }, shown);
@@ -262,7 +280,7 @@ function wire() {
       const which = [chat, running?.chat].find((each) => each?.id === id) ?? (await history.load(id));
       which.title = title;
       await keep(which);
-      if (which === chat) draw();
+      if (which === chat) drawTitle();
     },
     removed: async (id) => {
       forget(id);

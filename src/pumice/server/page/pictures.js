@@ -5,7 +5,7 @@ import { newId } from "./history.js";
 const LONGEST_SIDE_PX = 4096;
 const THUMB_PX = 512; // longest side of what the chat shows
 const LARGEST_PNG_BYTES = 16e6; // a scaled photo in PNG beyond this goes as JPEG
-const SENT_AS_THEY_ARE = ["jpeg", "png", "webp", "gif", "bmp", "avif", "tiff", "heic"];
+const SENT_AS_THEY_ARE = ["jpeg", "png", "webp", "gif", "bmp", "avif"]; // what every server reads
 
 const KINDS = [
   ["jpeg", (b) => b[0] === 0xff && b[1] === 0xd8],
@@ -23,9 +23,13 @@ const text = (b, from, to) => String.fromCharCode(...b.slice(from, to));
 /** A file cannot become a picture; the message says why. */
 export class NoPicture extends Error {}
 
-/** {id, name, blob, thumb, width, height, scaledFrom}; thumb is null where this browser cannot show the format. */
-export async function prepared(file) {
-  const name = file.name || "pasted picture";
+/**
+ * {id, name, blob, thumb, width, height, scaledFrom}; thumb is null where this browser cannot show the format, and the
+ * server may know it. The file is read once and whole: on disk it may change or go before the question is sent.
+ */
+export async function prepared(given) {
+  const name = given.name || "pasted picture";
+  const file = await whole(given, name);
   const kind = await kindOf(file);
   let bitmap;
   try {
@@ -51,13 +55,21 @@ export async function prepared(file) {
 
 const picture = (name, blob, thumb, width, height) => ({ id: newId(), name, blob, thumb, width, height });
 
+async function whole(file, name) {
+  try {
+    return new Blob([await file.arrayBuffer()], { type: file.type });
+  } catch {
+    throw new NoPicture(`${name} could not be read from this machine. Is it a folder, or gone?`);
+  }
+}
+
 async function kindOf(file) {
   const head = new Uint8Array(await file.slice(0, 16).arrayBuffer());
   return KINDS.find(([, fits]) => fits(head))?.[0] ?? null;
 }
 
 async function redrawn(bitmap, scale, kind) {
-  if (kind === "jpeg") return drawn(bitmap, scale, "image/jpeg");
+  if (kind === "jpeg" || kind === "heic") return drawn(bitmap, scale, "image/jpeg");
   const png = await drawn(bitmap, scale, "image/png");
   return png.size > LARGEST_PNG_BYTES ? drawn(bitmap, scale, "image/jpeg") : png;
 }

@@ -95,7 +95,8 @@ function ending(answer, turn, act) {
   if (answer.state === "stopped") nodes.push(el("p", { class: "quiet" }, "Stopped."));
   if (answer.note) nodes.push(el("p", { class: "quiet" }, answer.note));
   const copy = answer.text && navigator.clipboard ? iconButton("copy", "Copy the answer", () => copied(answer.text)) : null;
-  const again = act.isLast(turn) ? iconButton("again", "Ask again", () => act.again(turn)) : null;
+  const again = iconButton("again", "Ask again", () => act.again(turn));
+  again.classList.add("again");
   nodes.push(el("footer", {}, answer.timings ? timingsView(answer.timings) : null, el("div", { class: "actions" }, copy, again)));
   return nodes;
 }
