@@ -30,7 +30,8 @@ Insecure = Annotated[
 
 
 def pull(name: Pulled, insecure: Insecure = False) -> None:
-    """Bring a model to this machine; stopped and started again it goes on where it was.
+    """Bring a model to this machine. Stopped and started again, a registry's goes on where it was, the Hub's with the
+    file that it was at.
 
     pumice pull llava:13b
     """
@@ -87,7 +88,7 @@ def _bars(steps: Iterator[Progress]) -> None:
     from rich.progress import Progress as Bars
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Literal
 
 from pumice.errors import UserError, shortened
-from pumice.store.blobs import Blobs, told
+from pumice.store.blobs import SMALL_BYTES, Blobs, told
 from pumice.store.manifest import Layer, Manifest
 from pumice.store.names import Name
 
 Place = Literal["pumice", "Ollama", "Hub", "package"]
 """Whose a model is: only those of `pumice` are changed."""
 
-MAX_TEXT_BYTES = 4 * 2**20
+MAX_TEXT_BYTES = SMALL_BYTES
 """Of one template, licence, config: many times the longest."""
 
 
