@@ -14,7 +14,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from pumice.store.hub import wanted
+from pumice.store.hub_cache import wanted
 from wires import Fake, Handler, send, serving
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

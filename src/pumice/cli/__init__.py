@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pumice.cli import classify, convert, llava_cli, llava_flags, look, models, plan, run, transfer, verify
+from pumice.cli import classify, convert, create, llava_cli, llava_flags, look, models, plan, run, transfer, verify
 from pumice.cli.terminal import prepare_streams, print_error
 from pumice.errors import UserError
 
@@ -59,7 +59,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done, 1 a bug of ours or bounds not met, 2 something given was wrong "
-    "(list, rm, cp: 1, as Ollama), 130 stopped by you.",
+    "(pull, push, create, list, rm, cp: 1, as Ollama), 130 stopped by you.",
 )
 app.command("run")(guarded(run.run))
 app.command("classify")(guarded(classify.classify))
@@ -71,6 +71,7 @@ app.command("convert")(guarded(convert.convert))
 app.command("quantize")(guarded(convert.quantize))
 app.command("pull")(as_ollama(transfer.pull))
 app.command("push")(as_ollama(transfer.push))
+app.command("create")(as_ollama(create.create))
 app.command("list")(as_ollama(models.list_models))
 app.command("ls", hidden=True)(as_ollama(models.list_models))
 app.command("rm")(as_ollama(models.remove))

@@ -208,7 +208,7 @@ class Blobs:
     def keep(self, path: Path, media_type: str) -> Layer:
         """A file of a `workshop` as a blob: it moves. Raises UserError."""
         with writing(self.folder), FileIO(path, "r") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+            found = hashlib.file_digest(file, "sha256").hexdigest()
             layer = Layer(media_type, f"sha256:{found}", os.fstat(file.fileno()).st_size)
             if not self.sound(layer):
                 _settle(file, path, self.path(layer))
