@@ -16,6 +16,7 @@ from pumice.go_template.values import check, to_json
 from pumice.ollama_prompt import worded
 from pumice.options import Options
 from pumice.store.blobs import Blobs
+from pumice.store.facts import human
 from pumice.store.gguf_keys import Said
 from pumice.store.installed import Stored
 from pumice.store.manifest import CONFIG_TYPE, ROLE_TYPE, Layer
@@ -107,14 +108,6 @@ def config_of(weights: Said, *, sees: bool) -> dict[str, object]:
         "model_type": human(weights.parameters),
         "file_type": weights.file_type,
     }
-
-
-def human(count: int) -> str:
-    """A number of parameters as Ollama has it: `7B`, `7.2B`, `311.89M`. Its format/format.go, HumanNumber."""
-    for unit, letter, digits in ((10**9, "B", 1), (10**6, "M", 2)):
-        if count >= unit:
-            return f"{count / unit:.{digits if count % unit else 0}f}{letter}"
-    return f"{count / 1000:.0f}K" if count >= 1000 else str(count)
 
 
 def _known(parameters: Mapping[str, object]) -> dict[str, Any]:
