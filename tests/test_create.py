@@ -26,8 +26,11 @@ from PIL import Image
 import ollama_store
 import pumice
 import tiny
+from conftest import reference
 from ollama_store import LLAVA, PARAMS, TEMPLATE, compact
 from pumice import UserError, creating, store
+from pumice.checkpoints import mixes
+from pumice.checkpoints.gguf_file import Value
 from pumice.checkpoints.mixes import MIXES
 from pumice.cli import main
 from pumice.creating import Recipe
@@ -45,6 +48,7 @@ from pumice.store.names import Name
 from pumice.store.places import own_store
 from pumice.store.registry import Missing
 from pumice.store.transfer import Progress
+from test_gguf import edited
 from test_gguf import logits as of_network
 
 PICTURE = Image.effect_noise((50, 90), 90).convert("RGB")
@@ -197,6 +201,43 @@ def test_an_authors_folder_with_its_tower_beside_it(own: OwnStore, folder: Path,
     said = read_modelfile(f"FROM {tmp_path / 'theirs'}")
     made(of_this_machine(said, tmp_path), own)
     assert torch.equal(logits("me/mine:v1"), logits(tmp_path / "theirs"))
+
+
+def test_a_lora_with_what_belongs_under_and_beside_it(own: OwnStore, tmp_path: Path) -> None:
+    """Three FROM lines: the authors' adapter with its projector, the language model, the tower."""
+    root = reference("golden/models-original")
+    names = ("llava-v1.5-tiny-lora", "vicuna-tiny", "llava-v1.5-tiny-clip")
+    said = read_modelfile("".join(f"FROM {root / name}\n" for name in names))
+    assert made(of_this_machine(said, tmp_path), own)[0] == "converting model"
+    lora = root / names[0]
+    expected = pumice.load(lora, dtype="float32", beside=[root / names[1], root / names[2]])
+    found = pumice.load("me/mine:v1", dtype="float32")
+    question = pumice.Question("what is this", PICTURE)
+    assert torch.equal(of_network(found, found.see(question)), of_network(expected, expected.see(question)))
+
+
+def test_a_model_of_another_kind_is_kept_and_not_quantised(own: OwnStore, pair: Path, tmp_path: Path) -> None:
+    """As `pull` keeps it: other programs may run it."""
+    gemma = edited(pair, values={"general.architecture": Value("string", "gemma")})
+    body: dict[str, object] = {"files": uploaded(own, gemma)}
+    made(creating.asked(body, own), own)
+    assert stored(own).config["model_family"] == "gemma"
+    assert [each.role for each in stored(own).manifest.layers] == ["model"]
+    with pytest.raises(UserError, match='unsupported architecture "gemma"'):
+        made(creating.asked({**body, "quantize": "q4_0"}, own), own, Name.parse("x"))
+    adapter = edited(pair, values={"general.type": Value("string", "adapter")})
+    with pytest.raises(UserError, match="an adapter came"):
+        made(creating.asked({"files": uploaded(own, adapter)}, own), own)
+
+
+def test_a_chat_template_that_nobody_knows_needs_one_that_is_given(own: OwnStore, pair: Path) -> None:
+    strange = edited(pair, values={"tokenizer.chat_template": Value("string", "{{ strange }}")})
+    strange = edited(strange, values={"pumice.model": Value("string", "{}")})
+    body: dict[str, object] = {"files": uploaded(own, strange)}
+    with pytest.raises(UserError, match="chat template that pumice does not know"):
+        made(creating.asked(body, own), own)
+    made(creating.asked({**body, "template": "{{ .Prompt }}"}, own), own)
+    assert stored(own).text("template") == "{{ .Prompt }}"
 
 
 def test_the_model_in_the_package_becomes_one_for_ollama(own: OwnStore) -> None:
@@ -655,6 +696,7 @@ def test_keys_are_those_that_ggufs_own_package_reads(pair: Path) -> None:
         )
         assert whole.parameters == sum(int(each.n_elements) for each in reader.tensors)
         assert whole.is_projector == path.name.startswith("mmproj")
+    assert creating._SHORT == mixes._SHORT
     assert {number: each.name for each in MIXES.values() for number in [each.file_type]} == gguf_keys.FILE_TYPES
 
 

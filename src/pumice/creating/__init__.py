@@ -46,7 +46,7 @@ def create(name: Name, recipe: Recipe, own: OwnStore, reach: Reach = PUBLIC) -> 
     mix = _mix(recipe.quantize)
     with own.blobs.workshop() as shop:
         begun_ns = shop.stat().st_mtime_ns
-        base = yield from _base(recipe, Bench(own.blobs, shop, name.model, mix), reach)
+        base = yield from _base(recipe, Bench(own.blobs, shop, name.model, mix, recipe.template is not None), reach)
         words = with_words(base, recipe, own.blobs)
         for status in words.said:
             yield Progress(status)

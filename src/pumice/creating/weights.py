@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 WEIGHTS = (".safetensors", ".bin", ".pth")
 NO_DIGEST = "0000000000000000000"
 """What Ollama tells of a file that has none yet."""
+ANY = "vicuna_v1"
+"""Stands for a template that is not asked for."""
 _DENSE = ("F16", "BF16", "F32")
 _MODEL, _EYES = f"{ROLE_TYPE}model", f"{ROLE_TYPE}projector"
 
@@ -40,6 +42,8 @@ class Bench:
     shop: Path
     title: str
     mix: str | None
+    worded: bool = False
+    """Is there a template already? Then a file's own need not be known."""
 
 
 def of_files(files: Mapping[str, Path], bench: Bench) -> Making:
@@ -122,7 +126,9 @@ def _finished(base: Base, path: Path, beside: tuple[Path, ...], places: Mapping[
     yield Progress("validating GGUF model")
     said = gguf_keys.said(path, places[str(path)])
     with _named(places):
-        checkpoint = _read(path, beside, said)
+        checkpoint = _read(
+            path, beside, said, worded=bench.mix is None and (bench.worded or bool(base.role("template")))
+        )
     if checkpoint is None:
         if bench.mix:
             raise UserError(f'unsupported architecture "{said.architecture}"', hint="quantise it with another program")
@@ -155,7 +161,7 @@ def _of_folder(folder: Path, bench: Bench) -> Making:
     return Base(layers, config_of(said, sees=len(layers) > 1), template=checkpoint.config.template)
 
 
-def _read(path: Path, beside: tuple[Path, ...], said: Said) -> Checkpoint | None:
+def _read(path: Path, beside: tuple[Path, ...], said: Said, *, worded: bool) -> Checkpoint | None:
     """None for a model of another kind than pumice runs: it is kept, as Ollama keeps it. Raises UserError for what is
     damaged, or does not fit together."""
     from pumice import checkpoints
@@ -163,7 +169,7 @@ def _read(path: Path, beside: tuple[Path, ...], said: Said) -> Checkpoint | None
     from pumice.checkpoints.gguf_file import open_gguf
 
     if said.architecture in ARCHITECTURES:
-        return checkpoints.read(path, beside=beside)
+        return checkpoints.read(path, beside=beside, template=ANY if worded else None)
     for each in (path, *beside):
         open_gguf(each)
     return None
