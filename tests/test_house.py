@@ -24,7 +24,7 @@ ROWS = {
     "engine": 4, "room": 4,
     "question": 5, "dialogue": 5, "answer": 5, "classification": 5, "conversation": 5, "model": 5,
     "sampling_options": 5,
-    "train": 6, "tasks": 6, "conversion": 6, "server": 6,
+    "train": 6, "tasks": 6, "creating": 6, "conversion": 6, "server": 6,
     "cli": 7,
 }  # fmt: skip
 WITHIN_A_ROW = {
@@ -66,6 +66,7 @@ WITHOUT_TORCH = {
     "options",
     "modelfile",
     "errors",
+    "creating",
     "cli",
     "store",
 }

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import pytest
 from PIL import Image
 
@@ -223,7 +224,8 @@ def test_a_model_of_the_hubs_cache_answers_in_place(places: Path, pair: Path) ->
     assert (found.title, found.digest, found.place) == ("llava-hf/tiny-hf", "0123456789" * 4, "Hub")
     assert found.size == sum(path.stat().st_size for path in folder.iterdir())
     assert facts.capabilities(found) == ("completion", "vision")
-    assert facts.details(found) == facts.Details("safetensors", "mistral", ("mistral", "clip"), "", "F32")
+    count = f"{sum(int(each.n_elements) for each in gguf.GGUFReader(pair).tensors) / 1000:.0f}K"
+    assert facts.details(found) == facts.Details("safetensors", "mistral", ("mistral", "clip"), count, "F32")
     assert ollama_store.tree(places / "hub") == before
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from pumice.errors import UserError
-from pumice.store import download, partial, transfer
+from pumice.store import download, partial, pulling, transfer
 from pumice.store.download import Patience
 from pumice.store.layout import OwnStore, Store
 from pumice.store.link import Reach, Unreachable, is_inner, looked_up
@@ -104,6 +104,24 @@ def test_a_second_pull_asks_for_the_manifest_only(fake: Fake, store: OwnStore) -
     fake.asked.clear()
     assert pull(fake, store)[-1].status == "success"
     assert fake.paths() == ["/v2/me/tiny/manifests/latest"]
+
+
+def test_a_pull_mends_a_damaged_text(fake: Fake, store: OwnStore) -> None:
+    """Its error says to get the model again."""
+    pull(fake, store)
+    found = store.find(name(fake))
+    assert found is not None
+    store.blobs.path(found.manifest.role("template")[0]).write_bytes(b"x" * len(TEMPLATE))
+    with pytest.raises(UserError, match="other bytes"):
+        found.text("template")
+    pull(fake, store)
+    assert is_whole(store, fake)
+
+
+@pytest.mark.parametrize("text", ["pebble", "Pebble:Latest", "pebble:1.5", "library/PEBBLE:1.6"])
+def test_what_is_in_the_package_is_asked_of_nobody(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "pull", lambda *of: pytest.fail("a registry was asked"))
+    assert [step.status for step in pulling.pull(text, HERE)] == ["success"]
 
 
 def test_parts_come_by_ranges_that_make_up_the_blob(fake: Fake, store: OwnStore, small_parts: None) -> None:
@@ -322,7 +340,7 @@ PULLER = """
 import faulthandler, sys
 faulthandler.dump_traceback_later(100, exit=True)
 from pathlib import Path
-from pumice.store import download, partial, transfer
+from pumice.store import download, partial, pulling, transfer
 from pumice.store.layout import OwnStore
 from pumice.store.link import Reach
 from pumice.store.names import Name

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from pumice.errors import UserError
 from pumice.store import registry, transfer
 from pumice.store.layout import OwnStore
 from pumice.store.link import Reach
@@ -122,6 +123,14 @@ def test_a_chunk_that_breaks_off_is_sent_again_from_where_the_registry_has_it(
             100_000, 200_000, 200_000, 300_000, 400_000, 450_000,
         ]  # fmt: skip
         assert there.has(layer)
+
+
+def test_a_file_that_becomes_shorter_ends_the_push(host: str, tmp_path: Path) -> None:
+    name, store = Name.parse(f"{host}/me/shorter"), OwnStore(tmp_path / "mine")
+    layer = made(store, name, bytes(450_000)).layers[0]
+    os.truncate(store.blobs.path(layer), 300_000)
+    with registry.Registry(name, HERE) as there, pytest.raises(UserError, match="became shorter"):
+        list(there.upload(layer, store.blobs.path(layer)))
 
 
 def command(home: Path, *words: str) -> subprocess.Popen[str]:

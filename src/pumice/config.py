@@ -175,3 +175,33 @@ class LlavaConfig:
     def strange_id(self, ids: Iterable[int]) -> int | None:
         """The first id that is neither a row of the vocabulary nor the image token."""
         return next((id for id in ids if not 0 <= id < self.text.vocab and id != self.image_token_id), None)
+
+
+@dataclass(frozen=True)
+class TextDefaults:
+    """What a config.json means that leaves a number out, as writers do where it equals the default of Transformers'
+    class."""
+
+    vocab: int
+    ffn_width: int
+    max_positions: int
+    width: int = 4096
+    layers: int = 32
+    heads: int = 32
+    kv_heads: int | None = None
+    """None: as many as heads."""
+    norm_eps: float = 1e-6
+    has_window: bool = False
+    window: int | None = None
+    qkv_bias: bool = False
+
+
+TEXT_DEFAULTS = {
+    "llama": TextDefaults(vocab=32000, ffn_width=11008, max_positions=2048),
+    "mistral": TextDefaults(
+        vocab=32000, ffn_width=14336, max_positions=131072, kv_heads=8, has_window=True, window=4096
+    ),
+    "qwen2": TextDefaults(vocab=151936, ffn_width=22016, max_positions=32768, kv_heads=32, qkv_bias=True),
+    "phi3": TextDefaults(vocab=32064, ffn_width=8192, max_positions=4096, width=3072, norm_eps=1e-5, has_window=True),
+}
+"""By the model_type of a language model."""

@@ -16,7 +16,7 @@ from pumice.errors import UserError
 from pumice.go_template import Budget, Own, Template, Value
 from pumice.go_template.values import Record, check, check_text
 from pumice.ollama_tools import calls_of, tools_of
-from pumice.prompt import SPECIAL_WORDS, Part
+from pumice.prompt import SPECIAL_WORDS, TEMPLATES, Part
 
 WORDS = (*SPECIAL_WORDS, "[INST]", "[/INST]")
 """What a template may write as a special token. Where a vocabulary has no such token it is text again."""
@@ -109,6 +109,38 @@ def render_insert(template: Template, prompt: str, suffix: str, *, words: Collec
     for text, name in ((prompt, "the prompt"), (suffix, "the suffix")):
         check_text(text, name)
     return _rendered(template.run({"Prompt": prompt, "Suffix": suffix, "Response": ""}), words)
+
+
+@dataclass(frozen=True)
+class Worded:
+    """One of pumice's own prompt templates in the words of Ollama's layers."""
+
+    template: str
+    system: str
+    """The text that stands in front where nobody gives another; it may be empty."""
+    stops: tuple[str, ...]
+
+
+def worded(name: str) -> Worded | None:
+    """The template of `prompt.TEMPLATES` that has this name, in Go's; None for one that no such text can say: it has
+    turns of its own, or none at all, or sets images otherwise.
+
+    One exchange at a time, so the space or the turn's end behind an answer stands between exchanges only. A token that
+    begins a prompt is left to the tokenizer, as Ollama leaves it.
+    """
+    row = TEMPLATES[name]
+    if row.example or row.captions or "{images}\n" in row.user:
+        return None
+    system = f"{{{{ if .System }}}}{row.system_turn.format(text='{{ .System }}')}{{{{ end }}}}"
+    asked = row.user.format(system=system, images="", text="{{ .Prompt }}")
+    before, _, behind = row.answer.partition("{text}")
+    answer = f"{before}{{{{ .Response }}}}{behind}{row.between}"
+    if before:
+        # Without an answer yet the prompt ends in the header.
+        answer = f"{{{{ if .Response }}}}{answer}{{{{ end }}}}"
+    opening = "" if "{system}" in row.user else system
+    text = f"{opening}{row.user_header}{asked}{row.answer_header}{answer}"
+    return Worded(text, row.system or "", (*row.stop, row.end))
 
 
 def _marked(turns: Sequence[Turn], placement: Placement) -> Iterator[Turn]:

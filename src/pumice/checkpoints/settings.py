@@ -8,11 +8,10 @@ processors): writers leave out what equals the default.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Literal
 
 from pumice.checkpoints.fields import Fields, decimal, is_number, is_whole, shown
-from pumice.config import ImageConfig, Rotary, Size, TextConfig, VisionConfig
+from pumice.config import TEXT_DEFAULTS, ImageConfig, Rotary, Size, TextConfig, TextDefaults, VisionConfig
 from pumice.errors import UserError
 
 MAX_LAYERS = 512
@@ -29,30 +28,6 @@ NEXT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 SCALINGS = "rotary embeddings without scaling, or scaled as linear, llama3 or longrope"
 
 
-@dataclass(frozen=True)
-class _TextDefaults:
-    vocab: int
-    ffn_width: int
-    max_positions: int
-    width: int = 4096
-    kv_heads: int | None = None
-    """None: as many as heads."""
-    norm_eps: float = 1e-6
-    has_window: bool = False
-    window: int | None = None
-    qkv_bias: bool = False
-
-
-_TEXT = {
-    "llama": _TextDefaults(vocab=32000, ffn_width=11008, max_positions=2048),
-    "mistral": _TextDefaults(
-        vocab=32000, ffn_width=14336, max_positions=131072, kv_heads=8, has_window=True, window=4096
-    ),
-    "qwen2": _TextDefaults(vocab=151936, ffn_width=22016, max_positions=32768, kv_heads=32, qkv_bias=True),
-    "phi3": _TextDefaults(vocab=32064, ffn_width=8192, max_positions=4096, width=3072, norm_eps=1e-5, has_window=True),
-}
-
-
 def unsupported(fields: Fields, what: str, known: str) -> UserError:
     return UserError(
         f"{fields.source}: {what}, which pumice does not have",
@@ -62,11 +37,12 @@ def unsupported(fields: Fields, what: str, known: str) -> UserError:
 
 def text_config(fields: Fields, kind: str, *, tied: bool) -> TextConfig:
     """The language model. `kind` is its model_type: llama, mistral, qwen2 or phi3."""
-    if kind not in _TEXT:
-        raise unsupported(fields, f"the language model is of type {shown(kind)}", ", ".join(_TEXT))
-    defaults = _TEXT[kind]
+    if kind not in TEXT_DEFAULTS:
+        raise unsupported(fields, f"the language model is of type {shown(kind)}", ", ".join(TEXT_DEFAULTS))
+    defaults = TEXT_DEFAULTS[kind]
     _refuse_other_text(fields, kind)
-    width, heads = fields.whole("hidden_size", defaults.width), fields.whole("num_attention_heads", 32, most=1024)
+    width = fields.whole("hidden_size", defaults.width)
+    heads = fields.whole("num_attention_heads", defaults.heads, most=1024)
     kv_heads = fields.whole("num_key_value_heads", defaults.kv_heads or heads, most=1024)
     if heads % kv_heads:
         raise fields.wrong("num_key_value_heads", f"a divisor of the {heads} heads")
@@ -77,7 +53,7 @@ def text_config(fields: Fields, kind: str, *, tied: bool) -> TextConfig:
     return TextConfig(
         vocab=fields.whole("vocab_size", defaults.vocab),
         width=width,
-        layers=fields.whole("num_hidden_layers", 32, most=MAX_LAYERS),
+        layers=fields.whole("num_hidden_layers", defaults.layers, most=MAX_LAYERS),
         heads=heads,
         kv_heads=kv_heads,
         head_width=head_width,
@@ -103,7 +79,7 @@ def _refuse_other_text(fields: Fields, kind: str) -> None:
         raise unsupported(fields, "use_sliding_window is true", "full attention")
 
 
-def _window(fields: Fields, defaults: _TextDefaults) -> int | None:
+def _window(fields: Fields, defaults: TextDefaults) -> int | None:
     """Null says that there is none; absent means the class's own."""
     if not defaults.has_window or "sliding_window" not in fields.names:
         return defaults.window

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pumice.cli import classify, convert, llava_cli, llava_flags, look, models, plan, run, serve, transfer, verify
+from pumice.cli import classify, convert, create, llava_cli, llava_flags, look, models, plan, run, serve, transfer, verify
 from pumice.cli.terminal import prepare_streams, print_error
 from pumice.errors import UserError
 
@@ -74,6 +74,7 @@ app.command("push")(as_ollama(transfer.push))
 app.command("serve")(as_ollama(serve.serve))
 app.command("ps")(as_ollama(serve.ps))
 app.command("stop")(as_ollama(serve.stop))
+app.command("create")(as_ollama(create.create))
 app.command("list")(as_ollama(models.list_models))
 app.command("ls", hidden=True)(as_ollama(models.list_models))
 app.command("rm")(as_ollama(models.remove))

@@ -77,7 +77,7 @@ def _checked(text: str, what: str) -> store.Name:
         name = store.Name.parse(text)
     except UserError as error:
         raise UserError(f'{what} "{text}" is invalid', hint=error.hint) from error
-    if what == "destination" and any(store.Name.parse(each).matches(name) for each in store.BUNDLED):
+    if what == "destination" and store.bundled(name):
         raise UserError(f'{what} "{text}" is invalid', hint="it is the name of a model inside the package")
     return name
 

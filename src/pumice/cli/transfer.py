@@ -30,13 +30,14 @@ Insecure = Annotated[
 
 
 def pull(name: Pulled, insecure: Insecure = False) -> None:
-    """Bring a model to this machine; stopped and started again it goes on where it was.
+    """Bring a model to this machine. Stopped and started again, a registry's goes on where it was, the Hub's with the
+    file that it was at.
 
     pumice pull llava:13b
     """
     from pumice.store import pulling
 
-    _show(pulling.pull(name, _reach(name, insecure)))
+    show(pulling.pull(name, _reach(name, insecure)))
 
 
 def push(name: Pushed, insecure: Insecure = False) -> None:
@@ -46,7 +47,7 @@ def push(name: Pushed, insecure: Insecure = False) -> None:
     """
     from pumice.store import pulling
 
-    _show(pulling.push(name, _reach(name, insecure)))
+    show(pulling.push(name, _reach(name, insecure)))
 
 
 def _reach(name: str, insecure: bool) -> Reach:
@@ -56,7 +57,7 @@ def _reach(name: str, insecure: bool) -> Reach:
     return Reach(plain=insecure and not name.startswith("https://"), inner=insecure)
 
 
-def _show(steps: Generator[Progress]) -> None:
+def show(steps: Generator[Progress]) -> None:
     """A bar for each file on a terminal's stderr; lines in a pipe or a log."""
     with closing(steps) as under_way:
         if sys.stderr.isatty():
@@ -87,7 +88,7 @@ def _bars(steps: Iterator[Progress]) -> None:
     from rich.progress import Progress as Bars
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
@@ -100,8 +101,8 @@ def _bars(steps: Iterator[Progress]) -> None:
                 bars.console.print(step.status, markup=False, highlight=False)
             elif step.completed is None:
                 continue
-            elif step.digest in tasks:
-                bars.update(tasks[step.digest], completed=step.completed)
+            elif step.status in tasks:
+                bars.update(tasks[step.status], completed=step.completed)
             else:
                 # What an earlier pull brought is no speed of this one.
-                tasks[step.digest] = bars.add_task(step.status, total=step.total, completed=step.completed)
+                tasks[step.status] = bars.add_task(step.status, total=step.total, completed=step.completed)

@@ -28,6 +28,7 @@ __all__ = [
     "Name",
     "Shelf",
     "Stored",
+    "bundled",
     "files",
     "find",
     "installed",
@@ -115,13 +116,17 @@ def find(name: str) -> Installed | None:
         wanted = Name.parse(name)
     except UserError:
         return None
-    for each in BUNDLED:
-        if Name.parse(each).matches(wanted):
-            return _bundled(each)
+    if inside := bundled(wanted):
+        return _bundled(inside)
     for store in (own_store(), *ollama_stores()):
         if found := store.find(wanted):
             return found
     return hub_cache.find(hub_folder(), wanted)
+
+
+def bundled(name: Name) -> str | None:
+    """Which of BUNDLED a name means, whatever its case; None for any other model."""
+    return next((each for each in BUNDLED if Name.parse(each).matches(name)), None)
 
 
 def installed() -> Shelf:

@@ -11,19 +11,22 @@ import fcntl
 import hashlib
 import os
 import secrets
+import shutil
 import stat
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import IO
 
-from pumice.errors import UserError, shortened
+from pumice.errors import UserError
 from pumice.store.manifest import Layer
 
 STRETCH = 2**20
 """Bytes read at once."""
+SMALL_BYTES = 4 * 2**20
+"""Up to here a blob is a text, and checked wherever it is counted on."""
 PATIENCE_S = 60
 _READ_ONLY = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 """O_NONBLOCK: to open a pipe would wait for its writer."""
@@ -118,6 +121,16 @@ class Blobs:
             return False
         return stat.S_ISREG(found.st_mode) and found.st_size == layer.size
 
+    def sound(self, layer: Layer) -> bool:
+        """Is the blob here, and where it is small with the bytes that its name says? Weights are not read."""
+        if layer.size > SMALL_BYTES:
+            return self.has(layer)
+        try:
+            self.read(layer, SMALL_BYTES)
+        except UserError:
+            return False
+        return True
+
     def read(self, layer: Layer, most: int) -> bytes:
         """The bytes of a small blob, verified. Raises UserError for one that is missing, damaged or beyond `most`."""
         if layer.size > most:
@@ -132,25 +145,73 @@ class Blobs:
         return data
 
     def put(self, data: Iterable[bytes], media_type: str, *, digest: str | None = None) -> Layer:
-        """Write a blob and return its layer; a blob that is here already stays as it is. digest: what it must be.
+        """Write a blob and return its layer; a `sound` blob that is here already stays as it is. digest: what it must
+        be.
 
         Raises UserError: other bytes than those of the digest, a disk that does not take them. Then no blob is there.
         """
+        with self.arriving(digest) as arrival:
+            for each in data:
+                arrival.write(each)
+        return Layer(media_type, arrival.digest, arrival.size)
+
+    @contextmanager
+    def arriving(self, digest: str | None = None) -> Iterator[Arrival]:
+        """A blob whose bytes come piece by piece, as an upload's: `write` each. It is there when the block has ended
+        well, and not at all when it has not. Raises as `put` does, a wrong digest at the end of the block."""
         with writing(self.folder), locked(self._root):
             part, file = self._begin()
         try:
             with file:
-                layer = self._poured(data, file, media_type)
-                if digest not in (None, layer.digest):
+                arrival = Arrival(file, self.folder)
+                yield arrival
+                if digest not in (None, arrival.digest):
                     raise UserError(
-                        f"digest mismatch: {shortened(str(digest))} was expected, {layer.digest} came",
-                        hint="the file must be fetched again",
+                        f'digest mismatch, expected "{digest}", got "{arrival.digest}"',
+                        hint="the file must be sent or fetched again",
                     )
-                if not self.has(layer):
+                layer = Layer("", arrival.digest, arrival.size)
+                if not self.sound(layer):
                     with writing(self.folder):
                         _settle(file, part, self.path(layer))
         finally:
             part.unlink(missing_ok=True)
+
+    def held(self, digest: str) -> Layer | None:
+        """The layer of a blob that is here, without a media type. digest: `sha256:` and 64 digits of 0-9 and a-f."""
+        layer = Layer("", digest, 0)
+        try:
+            found = os.lstat(self.path(layer))
+        except OSError:
+            return None
+        return Layer("", digest, found.st_size) if stat.S_ISREG(found.st_mode) else None
+
+    @contextmanager
+    def workshop(self) -> Iterator[Path]:
+        """A folder of this writer's own, on the disk of the blobs. It goes at the end of the block; of a writer that is
+        killed, when the next one comes. Raises UserError."""
+        holding = ExitStack()
+        with writing(self.folder), locked(self._root):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for old in self.folder.glob(".*.work"):
+                with suppress(OSError), _held_folder(old):
+                    shutil.rmtree(old, ignore_errors=True)
+            folder = self.folder / f".{secrets.token_hex(8)}.work"
+            folder.mkdir(mode=0o700)
+            holding.enter_context(_held_folder(folder))
+        with holding:
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def keep(self, path: Path, media_type: str) -> Layer:
+        """A file of a `workshop` as a blob: it moves. Raises UserError."""
+        with writing(self.folder), FileIO(path, "r") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+            layer = Layer(media_type, f"sha256:{found}", os.fstat(file.fileno()).st_size)
+            if not self.sound(layer):
+                _settle(file, path, self.path(layer))
         return layer
 
     def put_whole(self, path: Path, data: bytes) -> None:
@@ -191,6 +252,14 @@ class Blobs:
         """Raises OSError."""
         self.path(layer).unlink(missing_ok=True)
 
+    def remove_damaged(self, layer: Layer) -> None:
+        """Make room for a blob that is here with other bytes than its name says. Raises OSError, UserError."""
+        if self.has(layer) and not self.sound(layer):
+            with locked(self._root):
+                # Another process may have put it right by now.
+                if self.has(layer) and not self.sound(layer):
+                    self.remove(layer)
+
     def _begin(self) -> tuple[Path, FileIO]:
         """A new file for its owner alone, held by a lock. The store must be locked: so no file is seen before it is
         held, and what is not held was left by a writer that is gone, and goes."""
@@ -204,14 +273,34 @@ class Blobs:
         fcntl.flock(file, fcntl.LOCK_EX)
         return part, FileIO(file, "w")
 
-    def _poured(self, data: Iterable[bytes], file: FileIO, media_type: str) -> Layer:
-        digest, size = hashlib.sha256(), 0
-        for each in data:
-            with writing(self.folder):
-                _write(file, each)
-            digest.update(each)
-            size += len(each)
-        return Layer(media_type, f"sha256:{digest.hexdigest()}", size)
+
+class Arrival:
+    """What has come of a blob."""
+
+    def __init__(self, file: FileIO, folder: Path) -> None:
+        self._file, self._folder, self._found, self.size = file, folder, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> None:
+        """Raises UserError where the disk does not take it."""
+        with writing(self._folder):
+            _write(self._file, data)
+        self._found.update(data)
+        self.size += len(data)
+
+    @property
+    def digest(self) -> str:
+        return f"sha256:{self._found.hexdigest()}"
+
+
+@contextmanager
+def _held_folder(folder: Path) -> Iterator[None]:
+    """A folder under a lock that ends with the process. Raises OSError where another one has it."""
+    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(file)
 
 
 def _write(file: FileIO, data: bytes) -> None:

@@ -7,7 +7,7 @@ says the same. Progress is told as a registry's is, with a file's name where tha
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,15 +26,10 @@ from huggingface_hub.utils.tqdm import disable_progress_bars, tqdm
 
 from pumice.errors import UserError, shortened
 from pumice.store.download import TOLD_EVERY_S, on_disk
+from pumice.store.hub_cache import PICKLES, WORDS, wanted
 from pumice.store.link import Unreachable
 from pumice.store.registry import Missing
 from pumice.store.transfer import Progress
-
-WORDS = (".json", ".jinja", "tokenizer.model")
-"""Ends of the names of small files."""
-WHOLE = "pytorch_model"
-PICKLES = (WHOLE, "adapter_model", "mm_projector", "non_lora_trainables")
-"""How the names of those pickles begin that are read where they must be."""
 
 
 class _Stopped(Exception):
@@ -69,23 +64,6 @@ def pull(repository: str) -> Iterator[Progress]:
         disable_progress_bars()
         huggingface_hub.snapshot_download(repository, allow_patterns=names)
     yield Progress("success")
-
-
-def wanted(names: Sequence[str]) -> list[str]:
-    """Of the files of a repository those that pumice reads: none in folders, no pickle beside its safetensors."""
-    here = [each for each in names if "/" not in each]
-    safe = {each.partition(".")[0].partition("-0")[0] for each in here if each.endswith(".safetensors")}
-    pickles = tuple(
-        each for each in PICKLES if each not in safe and not (each != "non_lora_trainables" and "model" in safe)
-    )
-    found = []
-    for each in here:
-        if each.endswith((".bin", ".bin.index.json")):
-            if each.startswith(pickles):
-                found.append(each)
-        elif each.endswith((".safetensors", *WORDS)):
-            found.append(each)
-    return sorted(found)
 
 
 def _file(repository: str, commit: str, name: str, size: int) -> Iterator[Progress]:

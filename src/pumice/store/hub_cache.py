@@ -7,7 +7,7 @@ documentation of its cache.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pumice.errors import UserError
@@ -22,6 +22,12 @@ EYES = ("llava", "llava_next", "llava_llama", "llava_mistral")
 LISTED = (*EYES, "llama", "mistral", "qwen2", "phi3")
 """What model_type says in the config.json of models that pumice runs. Others lie in the cache too, for other programs;
 they are found by name and refused when they are read."""
+
+WORDS = (".json", ".jinja", "tokenizer.model")
+"""Ends of the names of small files."""
+WHOLE = "pytorch_model"
+PICKLES = (WHOLE, "adapter_model", "mm_projector", "non_lora_trainables")
+"""How the names of those pickles begin that are read where they must be."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -38,6 +44,23 @@ def find(root: Path, name: Name) -> Folder | None:
     wanted = f"models--{name.namespace}--{name.model}".lower()
     found = sorted((each for each in _repositories(root) if each.name.lower() == wanted), key=lambda each: each.name)
     return next((each for each in map(_opened, found) if each), None)
+
+
+def wanted(names: Sequence[str]) -> list[str]:
+    """Of the files of a repository those that pumice reads: none in folders, no pickle beside its safetensors."""
+    here = [each for each in names if "/" not in each]
+    safe = {each.partition(".")[0].partition("-0")[0] for each in here if each.endswith(".safetensors")}
+    pickles = tuple(
+        each for each in PICKLES if each not in safe and not (each != "non_lora_trainables" and "model" in safe)
+    )
+    found = []
+    for each in here:
+        if each.endswith((".bin", ".bin.index.json")):
+            if each.startswith(pickles):
+                found.append(each)
+        elif each.endswith((".safetensors", *WORDS)):
+            found.append(each)
+    return sorted(found)
 
 
 def _repositories(root: Path) -> Iterator[Path]:

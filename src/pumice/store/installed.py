@@ -7,19 +7,19 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal
 
 from pumice.errors import UserError, shortened
-from pumice.store.blobs import Blobs, told
+from pumice.store.blobs import SMALL_BYTES, Blobs, told
 from pumice.store.manifest import Layer, Manifest
 from pumice.store.names import Name
 
 Place = Literal["pumice", "Ollama", "Hub", "package"]
 """Whose a model is: only those of `pumice` are changed."""
 
-MAX_TEXT_BYTES = 4 * 2**20
+MAX_TEXT_BYTES = SMALL_BYTES
 """Of one template, licence, config: many times the longest."""
 
 
@@ -145,8 +145,8 @@ class Folder:
         """The Hub's commit; for a folder without one, the SHA-256 of its weights."""
         if self.commit is not None:
             return self.commit
-        with ExitStack() as opened:
-            return told([opened.enter_context(path.open("rb")) for path in sorted(self.path.glob("*.safetensors"))])
+        paths = sorted(self.path.glob("*.safetensors"))
+        return _told_once(*((path, path.stat().st_mtime_ns) for path in paths))
 
     @property
     def size(self) -> int:
@@ -173,6 +173,13 @@ class Folder:
 
 
 Installed = Stored | Folder
+
+
+@lru_cache(maxsize=16)
+def _told_once(*files: tuple[Path, int]) -> str:
+    """The SHA-256 of files that were changed then: lists ask for it again and again."""
+    with ExitStack() as opened:
+        return told([opened.enter_context(path.open("rb")) for path, _ in files])
 
 
 def _parsed(text: str) -> object:

@@ -7,6 +7,8 @@ nothing names. Changes are made one at a time, by a lock on the folder.
 from __future__ import annotations
 
 import os
+import re
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +18,8 @@ from pumice.store.blobs import Blobs, locked, open_regular, sync_folder, writing
 from pumice.store.installed import Place, Stored
 from pumice.store.manifest import MAX_MANIFEST_BYTES, Manifest
 from pumice.store.names import Name
+
+_BLOB = re.compile(r"sha256-[0-9a-f]{64}")
 
 
 class Store:
@@ -105,6 +109,22 @@ class OwnStore(Store):
         for each in model.manifest.blobs:
             self.blobs.take(model.blobs.path(each), each)
         return self.write(name, model.manifest)
+
+    def prune(self, older_s: float = 3600.0) -> int:
+        """Remove blobs that no manifest names and that were written so long ago: what a stopped upload or `create` left
+        behind. Returns how many. While a manifest cannot be read, none. Raises UserError."""
+        with writing(self.root), locked(self.root):
+            models, broken = self.models()
+            used = {each.file_name for model in models for each in model.manifest.blobs}
+            names = [] if broken else [name for name in _entries(self.blobs.folder) if _BLOB.fullmatch(name)]
+            old = [
+                self.blobs.folder / name
+                for name in names
+                if name not in used and time.time() - os.lstat(self.blobs.folder / name).st_mtime > older_s
+            ]
+            for path in old:
+                path.unlink()
+            return len(old)
 
     def _manifest(self, path: Path) -> Manifest | None:
         with suppress(UserError):

@@ -34,6 +34,8 @@ class Layer:
     media_type: str
     digest: str
     size: int
+    origin: str = ""
+    """The model that a layer was taken from, where a manifest says so; Ollama's `from`."""
 
     def __post_init__(self) -> None:
         """Raises UserError for what is no digest: one becomes the name of a file."""
@@ -124,11 +126,13 @@ def _layer(value: object, source: str) -> Layer:
         raise _wrong(source, "a layer has no mediaType or no digest")
     if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= MAX_BLOB_BYTES:
         raise _wrong(source, f"a layer's size is {shortened(str(size))}, no number of bytes")
-    return Layer(media_type, digest, size)
+    origin = value.get("from")
+    return Layer(media_type, digest, size, origin if isinstance(origin, str) else "")
 
 
 def _written(layer: Layer) -> dict[str, object]:
-    return {"mediaType": layer.media_type, "digest": layer.digest, "size": layer.size}
+    origin = {"from": layer.origin} if layer.origin else {}
+    return {"mediaType": layer.media_type, "digest": layer.digest, "size": layer.size, **origin}
 
 
 def _wrong(source: str, why: str) -> UserError:

@@ -27,10 +27,10 @@ def pull(text: str, reach: Reach) -> Generator[Progress]:
     comes from the Hub where the registry has none, and at once where it is one of AUTHORS. What is bundled is here.
     Raises UserError, Missing where no place has it; see `transfer.pull`.
     """
-    if text in store.BUNDLED:
+    name = Name.parse(text)
+    if store.bundled(name):
         yield Progress("success")
         return
-    name = Name.parse(text)
     on_hub = name.host in HOSTS and name.namespace != NAMESPACE and name.tag == TAG
     if on_hub and name.namespace in AUTHORS:
         yield from _from_hub(name)

@@ -83,7 +83,9 @@ class Registry:
         with path.open("rb") as file:
             while done < layer.size:
                 file.seek(done)
-                chunk = file.read(CHUNK_BYTES)
+                chunk = file.read(min(CHUNK_BYTES, layer.size - done))
+                if not chunk:
+                    raise UserError(f"{layer.file_name} became shorter while it was sent", hint="get the model again")
                 headers = {
                     "Content-Type": "application/octet-stream",
                     "Content-Range": f"{done}-{done + len(chunk) - 1}",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from pumice.errors import UserError
-from pumice.store.download import Patience, fetch, seal, tidy
+from pumice.store.download import Patience, fetch, on_disk, seal, tidy
 from pumice.store.installed import Stored
 from pumice.store.layout import OwnStore, Store
 from pumice.store.link import Reach, Unreachable
@@ -45,7 +45,9 @@ class Shelves:
         return None
 
     def has(self, layer: Layer) -> bool:
-        """Is a file in the own store, perhaps by now?"""
+        """Is a file in the own store, perhaps by now? A damaged text is thrown away, to come again."""
+        with on_disk():
+            self.own.blobs.remove_damaged(layer)
         for store in self.others:
             if not self.own.blobs.has(layer) and store.blobs.has(layer):
                 # One that is damaged there comes from the registry.
