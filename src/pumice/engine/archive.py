@@ -38,7 +38,7 @@ def model_digest(network: Llava, *others: object) -> str:
 
 
 def _told(values: Tensor | QTensor) -> bytes:
-    """Of each stretch of the bytes one number, their product with fixed odd ones modulo 2^64: as fast as memory is read.
+    """Of each stretch of the bytes one number, the sum of its products with fixed odd ones modulo 2^64, made fast.
     Weights that differ by accident have other sums (a universal hash: Carter and Wegman 1979); it is no seal."""
     data = values.data_RB if isinstance(values, QTensor) else values.detach()
     flat_X = data.contiguous().flatten().view(torch.uint8)
