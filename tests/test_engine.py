@@ -49,9 +49,7 @@ class Shadow:
 
     def step(self, budget: int, wanted: dict[Row, list[int]], ended: list[Row]) -> None:
         """wanted: the tokens that each row is to say, its last one ends it."""
-        rows, stuck = self.scheduler.decoding()
-        assert not stuck
-        for row in rows:
+        for row in self.scheduler.decoding():
             self.write(row, 1)
             self.say(row, wanted, ended)
         while budget > 0 and (parts := self.scheduler.reading(budget)):

@@ -23,9 +23,10 @@ from pumice import Question, Sampling, ops
 from pumice.config import Rotary
 from pumice.engine import graphs
 from pumice.engine.graphs import MOST_TOKENS, SIZES, Graphs
-from pumice.model import Model, Source, load_from
+from pumice.model import Model, load_from
 from pumice.network.llama import Batch
 from pumice.ops import Pages
+from pumice.source import Source
 
 PAGE = 4
 

@@ -23,7 +23,7 @@ ROWS = {
     "network": 3, "checkpoints": 3, "store": 3,
     "engine": 4, "room": 4,
     "question": 5, "dialogue": 5, "answer": 5, "classification": 5, "conversation": 5, "model": 5,
-    "sampling_options": 5,
+    "sampling_options": 5, "source": 5, "embedding": 5,
     "train": 6, "tasks": 6, "creating": 6, "conversion": 6, "server": 6,
     "cli": 7,
 }  # fmt: skip
@@ -31,7 +31,8 @@ WITHIN_A_ROW = {
     ("image", "config"), ("image", "picture"), ("picture", "config"), ("decoding", "sentencepiece"),
     ("prompt", "config"), ("tokenizer", "prompt"), ("tokenizer", "decoding"),
     ("tokenizer", "sentencepiece"), ("tokenizer", "special_tokens"), ("store", "checkpoints"),
-    ("model", "question"), ("model", "dialogue"), ("model", "sampling_options"), ("question", "dialogue"),
+    ("model", "question"), ("model", "dialogue"), ("model", "source"), ("model", "sampling_options"),
+    ("source", "dialogue"), ("question", "dialogue"),
     ("model", "answer"), ("model", "classification"), ("model", "conversation"),
     ("answer", "question"), ("conversation", "answer"), ("conversation", "question"), ("classification", "question"),
     ("ollama_prompt", "prompt"), ("ollama_prompt", "go_template"), ("ollama_prompt", "ollama_tools"),

@@ -17,12 +17,13 @@ from torch.testing import assert_close
 import pumice
 import tiny
 from pumice import Model, Sampling, UserError, ops
-from pumice.model import Source, assembled, load_from
+from pumice.model import assembled, load_from
 from pumice.network.llama import Batch
 from pumice.network.placement import CPU, Placement
 from pumice.ops import Pages
 from pumice.ops.pages import LayerPages
 from pumice.quant import QTensor
+from pumice.source import Source
 
 META = torch.device("meta")
 CUDA = torch.device("cuda")

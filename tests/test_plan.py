@@ -21,13 +21,14 @@ from pumice.checkpoints.mixes import MIXES
 from pumice.conversion import Choices
 from pumice.engine import Engine, position_bytes
 from pumice.image import prepare
-from pumice.model import DTYPES, Model, Source, load_from
+from pumice.model import DTYPES, Model, load_from
 from pumice.network.placement import Placement
 from pumice.quant import QTensor
 from pumice.room import memory as system
 from pumice.room.fitting import Machine, advice, check, gpu_layers, judged, verdict, ways
 from pumice.room.footprint import Footprint, Share, as_mix, footprint, grids, least, smallest
 from pumice.room.memory import Memory, host, shown
+from pumice.source import Source
 from pumice.tasks import pace
 from pumice.tasks.plan import Plan, plan
 from test_cli import Command, command, refused  # noqa: F401 (a fixture)
@@ -137,6 +138,10 @@ def test_a_gpu_holds_everything_itself(builds: dict[str, Path]) -> None:
     blocks = sum(checkpoint.tensors.stored(name).nbytes for name in names)
     others = sum(math.prod(checkpoint.tensors.shape(name)) for name in checkpoint.tensors.names() if name not in names)
     assert found.weights == Share(own=blocks + 2 * others)
+    # A matrix that many inputs meet is unpacked as a whole, into what is computed with.
+    largest = max(math.prod(checkpoint.tensors.shape(name)) for name in names)
+    assert found.widest == 2 * largest
+    assert of(builds["Q4_0"], torch.float32, CUDA).widest == 4 * largest
 
 
 @pytest.mark.parametrize("quant", ["Q8_0", "Q4_K_M", "Q2_K", "F16"])

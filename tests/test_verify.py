@@ -25,8 +25,9 @@ from pumice.checkpoints.card import CARD_KEY, NO_CARD
 from pumice.checkpoints.gguf_file import Value
 from pumice.cli.terminal import counting
 from pumice.image import Grid, Prepared
-from pumice.model import Source, load_from
+from pumice.model import load_from
 from pumice.network.llava import Llava, merge
+from pumice.source import Source
 from pumice.tasks import verify as task
 from pumice.tasks.figures import FeatureTally, LogitTally, PixelTally
 from pumice.tasks.probes import page, probes, scene, tower

@@ -16,8 +16,9 @@ from pumice.checkpoints.mixes import mix
 from pumice.checkpoints.report import Progress, Report
 from pumice.checkpoints.to_gguf import Types
 from pumice.errors import UserError, nearest
-from pumice.model import DTYPES, Source
+from pumice.model import DTYPES
 from pumice.quant import FORMATS
+from pumice.source import Source
 
 
 @dataclass(frozen=True)

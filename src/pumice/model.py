@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from pumice import checkpoints, ops, prompt, store
+from pumice import checkpoints, embedding, ops, prompt
 from pumice.answer import Answer, Answering
 from pumice.classification import Classification, Labelling, Labels, classified
 from pumice.config import LlavaConfig
 from pumice.conversation import Chat, Stream
 from pumice.dialogue import Dressing
+from pumice.embedding import Embeddings
 from pumice.engine import Engine, Limits, Request, Sampling
 from pumice.engine.form import Form
 from pumice.errors import UserError, nearest
-from pumice.image import Prepared, prepare
+from pumice.image import ImageLike, Prepared, prepare
 from pumice.network.layers import Embedding, Linear, put_matrix
 from pumice.network.llava import Llava
 from pumice.network.placement import Placement
@@ -34,6 +35,7 @@ from pumice.quant import QTensor
 from pumice.question import Images, Prompter, Question, Seen, listed
 from pumice.room.fitting import check
 from pumice.sampling_options import sampling as sampling_of
+from pumice.source import Source
 from pumice.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -153,7 +155,7 @@ class Model(Prompter):
         """The answer of the first, while the others go on."""
         try:
             while not under_way[0].ended:
-                self.engine.step()
+                under_way[0].work()
                 for opened in under_way:
                     opened.take()
         except UserError as error:
@@ -178,8 +180,8 @@ class Model(Prompter):
                 f"the prompt holds {given} image tokens, the {len(seen)} images have {expected}",
                 hint="repeat the image token once for each token of each image, as `see` does",
             )
-        generation = self.engine.submit(Request(ids, seen, sampling))
-        return [step.token for step in self.engine.follow(generation)]
+        engine = self.engine  # `limit` may give the model another
+        return [step.token for step in engine.follow(engine.submit(Request(ids, seen, sampling)))]
 
     @cached_property
     def sampling(self) -> Sampling:
@@ -267,6 +269,24 @@ class Model(Prompter):
             for ids in self.written(question, seen, continuations)
         )
 
+    def embed(self, texts: Sequence[str], *, truncate: bool = False, normalise: bool = True) -> Embeddings:
+        """A vector for each text: the mean of the language model's hidden states behind its final norm, over all of the
+        text's tokens, BOS among them where the tokenizer puts one in front. llama.cpp's mean pooling gives the same.
+
+        truncate: of a text that is longer than the model's context only the beginning counts. normalise: to length 1.
+        Other threads may ask meanwhile. Raises UserError for what is no text, or too long.
+        """
+        return embedding.of_texts(self, texts, truncate=truncate, normalise=normalise)
+
+    def embed_images(self, images: Sequence[ImageLike], *, normalise: bool = True) -> Embeddings:
+        """A vector for each image: the mean of its features as the language model gets them, behind the projector, the
+        vectors at the ends of rows among them (LLaVA 1.6). It is not CLIP's own embedding, whose last layer, norm and
+        projection no LLaVA has, and is not comparable with `embed`'s of a text.
+
+        normalise: to length 1. Raises UserError for what is no image, and for a text model.
+        """
+        return embedding.of_images(self, images, normalise=normalise)
+
     def features(self, images: Sequence[Prepared]) -> list[torch.Tensor]:
         """What the language model gets of each image: (tokens, width), row ends included."""
         return self.engine.features(images)
@@ -285,55 +305,6 @@ class Model(Prompter):
 
 def _numbered(name: str, error: UserError) -> UserError:
     return UserError(f"{name}: {error.message}", hint=error.hint)
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model comes from, and what is to differ from what its files say.
-
-    name: a folder in Hugging Face's or the LLaVA authors' format, a .gguf file, or a model that is installed (`pebble`,
-    `llava:7b`).
-    template: a prompt template's name instead of the checkpoint's own. preprocess: `hf` or `original`, whose rules
-    images follow instead of the checkpoint's. beside: what else the checkpoint needs: the CLIP tower of an authors' 1.5
-    folder, the language model under a LoRA or a lone projector, the mmproj file of a GGUF; each is known by itself.
-    """
-
-    name: str | Path
-    template: str | None = None
-    preprocess: Literal["hf", "original"] | None = None
-    beside: tuple[str | Path, ...] = ()
-
-    def checkpoint(self) -> checkpoints.Checkpoint:
-        """The checkpoint with these choices applied, its weights not yet read."""
-        found = store.read(self.name, beside=self.beside, template=self.template)
-        if self.template is not None:
-            found = _ending_with(found, prompt.TEMPLATES[found.config.template].end)
-        if self.preprocess is None:
-            return found
-        if self.preprocess not in ("hf", "original"):
-            raise UserError(f"preprocess is {self.preprocess!r}", hint="give hf or original")
-        if found.config.image is None:
-            raise UserError(
-                f"preprocess is {self.preprocess!r}, and {self.name} is a text model",
-                hint="leave it out, or load a LLaVA",
-            )
-        config = replace(found.config, image=found.config.image.under(self.preprocess))
-        return replace(found, config=config)
-
-    def dressing(self) -> Dressing:
-        """What its store says of it; a template that was chosen goes before the store's. Raises UserError."""
-        stored = store.files(self.name).stored
-        own = Dressing() if stored is None else Dressing.of(stored)
-        return own if self.template is None else replace(own, template=None)
-
-
-def _ending_with(found: checkpoints.Checkpoint, end: str) -> checkpoints.Checkpoint:
-    """The checkpoint with one more end token: that of a template which is not the one it was trained with."""
-    token = found.tokenizer.id_of(end) if end else None
-    if token is None or token in found.config.stop_ids:
-        return found
-    stop_ids = (*found.config.stop_ids, token)
-    return replace(found, config=replace(found.config, stop_ids=stop_ids))
 
 
 def load(

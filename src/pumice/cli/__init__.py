@@ -11,7 +11,20 @@ from typing import Annotated, Any
 
 import typer
 
-from pumice.cli import classify, convert, create, llava_cli, llava_flags, look, models, plan, run, serve, transfer, verify
+from pumice.cli import (
+    classify,
+    convert,
+    create,
+    llava_cli,
+    llava_flags,
+    look,
+    models,
+    plan,
+    run,
+    serve,
+    transfer,
+    verify,
+)
 from pumice.cli.terminal import prepare_streams, print_error
 from pumice.errors import UserError
 

@@ -126,7 +126,8 @@ def _embedded(prompt: str) -> tuple[str, list[str]]:
 
 def _loaded(given: Given, *, raw: bool) -> Model:
     """The model on its device. A raw prompt needs no template, so the file's own is not asked for."""
-    from pumice.model import Source, chosen_device, load_from, use_threads
+    from pumice.model import chosen_device, load_from, use_threads
+    from pumice.source import Source
 
     if given.threads > 0:
         use_threads(given.threads)

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from pumice.checkpoints import Checkpoint
     from pumice.config import LlavaConfig, Rotary
     from pumice.image import Prepared
-    from pumice.model import Source
     from pumice.question import Prompter, Question, Seen
+    from pumice.source import Source
 
 OWN = ":own"
 """Stands for the template that a model has itself; no template is called so."""

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from pumice.model import Source
     from pumice.question import Images, Question
+    from pumice.source import Source
 
 
 class Rule(enum.StrEnum):
@@ -56,7 +56,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 def source(name: str, template: str | None, preprocess: Rule | None, beside: list[str] | None) -> Source:
     """Where the model comes from, by these options."""
-    from pumice.model import Source
+    from pumice.source import Source
 
     return Source(name, template, preprocess.value if preprocess else None, tuple(beside or ()))
 

@@ -14,12 +14,13 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
 
 from pumice.errors import UserError
-from pumice.server import library, ollama, openai, own
+from pumice.server import library, making, ollama, openai, own, vectors
 from pumice.server.guard import Guard
 from pumice.server.logs import AccessLog
 from pumice.server.metrics import CONTENT_TYPE
 from pumice.server.residents import Residents
 from pumice.server.settings import Settings
+from pumice.server.static import add_page
 from pumice.server.streams import error_object, status_of
 from pumice.server.wire import Refused
 
@@ -49,6 +50,10 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(library.routes(residents, settings))
     app.include_router(openai.routes(residents, settings))
     app.include_router(own.routes(residents, settings))
+
+    app.include_router(making.routes(residents, settings))
+    app.include_router(vectors.routes(residents, settings))
+    add_page(app)
 
     @app.get("/health", tags=["operations"])
     async def health() -> Response:

@@ -21,7 +21,7 @@ from pumice.server.residents import Resident, Residents, named
 from pumice.server.settings import Settings
 from pumice.server.streams import status_of
 from pumice.server.wire import NDJSON, Fields, Refused, line, timestamp
-from pumice.store import Installed, Name, Stored, facts
+from pumice.store import Installed, Name, Stored, facts, model_info
 from pumice.store.transfer import Progress
 
 VERSION = "0.12.6"
@@ -55,7 +55,7 @@ def routes(residents: Residents, settings: Settings) -> APIRouter:
         """What is known of a model."""
         fields = Fields.read(await request.body(), "ShowRequest")
         model = named(required(fields))
-        return JSONResponse(await asyncio.to_thread(shown, model))
+        return JSONResponse(await asyncio.to_thread(shown, model, fields.flag("verbose")))
 
     @router.post("/api/copy", openapi_extra=body("CopyRequest"))
     async def copy(request: Request) -> Response:
@@ -212,14 +212,26 @@ def listed(model: Installed) -> dict[str, Any]:
 
 
 def details(model: Installed) -> dict[str, Any]:
-    return {"parent_model": "", **asdict(facts.details(model))}
+    return asdict(facts.details(model))
 
 
-def shown(model: Installed) -> dict[str, Any]:
-    """All that is known of a model. Raises UserError where it is damaged."""
+def shown(model: Installed, verbose: bool) -> dict[str, Any]:
+    """All that is known of a model, which is read from its files. Raises UserError where they are damaged."""
+    stored = model if isinstance(model, Stored) else None
+    found: dict[str, Any] = {
+        "license": "\n".join(stored.texts("license")) if stored else "",
+        "modelfile": facts.modelfile(model),
+        "parameters": facts.parameters(model),
+        "template": facts.template(model),
+        "system": facts.system(model),
+        "messages": [{"role": role, "content": text} for role, text in stored.messages()] if stored else [],
+        "projector_info": model_info.of_eyes(model, whole=verbose),
+        "tensors": model_info.tensors(model) if verbose else [],
+    }
     return {
+        **{name: value for name, value in found.items() if value},
         "details": details(model),
-        "model_info": {},
+        "model_info": model_info.of_model(model, whole=verbose),
         "capabilities": list(facts.capabilities(model)),
         "modified_at": timestamp(model.modified_s),
     }

@@ -7,6 +7,7 @@ from typing import Any
 
 from pumice.ollama_prompt import Turn
 from pumice.server.asked import Asked
+from pumice.server.remote import Remote
 from pumice.server.residents import Residents
 from pumice.server.settings import Settings
 from pumice.server.wire import Fields, Refused, image_bytes
@@ -119,6 +120,7 @@ async def chat_turns(
         raise Refused(400, "[] is too short - 'messages'")
     turns: list[Turn] = []
     images: list[bytes] = []
+    remote = Remote(settings)
     for each in messages:
         role = ROLES.get(each.text("role").lower())
         if role is None:
@@ -126,7 +128,7 @@ async def chat_turns(
         content, urls = _content(each)
         if len(images) + len(urls) > settings.max_images:
             raise Refused(400, f"too many images came with the request; {settings.max_images} are taken at most")
-        images += [await _image(url, settings, residents) for url in urls]
+        images += [await _image(url, remote, residents) for url in urls]
         calls = [call for call in each.items("tool_calls") if isinstance(call, dict)]
         turns.append(Turn(role, content, len(urls), "", calls, each.text("name"), each.text("tool_call_id")))
     return tuple(turns), tuple(images)
@@ -159,11 +161,9 @@ def _content(message: Fields) -> tuple[str, list[str]]:
     return "\n\n".join(texts), urls
 
 
-async def _image(url: str, settings: Settings, residents: Residents) -> bytes:
+async def _image(url: str, remote: Remote, residents: Residents) -> bytes:
     if url.lower().startswith(REMOTE):
-        from pumice.server.remote import fetch
-
-        return await residents.read(lambda: fetch(url, settings))
+        return await residents.read(lambda: remote.fetch(url))
     if ":" in url[:30] and not url.startswith("data:"):
         raise Refused(400, "invalid image input: give a data: URL with base64")
     head = url.partition(",")[0].lower() if url.startswith("data:") else ""

@@ -9,8 +9,10 @@ from contextlib import suppress
 import uvicorn
 
 from pumice.errors import UserError
+from pumice.server import offline
 from pumice.server.app import application
 from pumice.server.logs import config as log_config
+from pumice.server.patience import Patient
 from pumice.server.settings import Settings
 
 SWITCH_S = 0.0005
@@ -39,12 +41,14 @@ def listening(settings: Settings) -> socket.socket:
 
 def serve(settings: Settings) -> None:
     """Answer until a signal comes; then take no more, let answers end, and leave. Raises UserError; see `listening`."""
+    if settings.offline:
+        offline.enforce()
     place = listening(settings)
     host, port = place.getsockname()[:2]
     config = uvicorn.Config(
         application(settings),
         loop="asyncio",
-        http="h11",
+        http=Patient,
         ws="none",
         lifespan="on",
         log_config=log_config(debug=settings.debug),

@@ -34,7 +34,7 @@ class Fields:
 
     def __init__(self, values: Mapping[str, Any], struct: str) -> None:
         # Of keys that differ in case alone the last counts, as of equal ones.
-        self._values = {name.lower(): value for name, value in values.items() if value is not None}
+        self.values = {name.lower(): value for name, value in values.items() if value is not None}
         self._struct = struct
 
     @classmethod
@@ -54,7 +54,7 @@ class Fields:
         return cls(_scrubbed(value) if "\\u" in text else value, struct)
 
     def has(self, name: str) -> bool:
-        return name in self._values
+        return name in self.values
 
     def text(self, *names: str) -> str:
         """The first of these fields that is there; empty where none is. Raises Refused for what is no text."""
@@ -65,7 +65,7 @@ class Fields:
 
     def whole(self, name: str) -> int | None:
         """A whole number; None where none came. Raises Refused."""
-        value = self._values.get(name)
+        value = self.values.get(name)
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 2**63:
@@ -73,7 +73,7 @@ class Fields:
         return value
 
     def number(self, name: str) -> float | None:
-        value = self._values.get(name)
+        value = self.values.get(name)
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300:
@@ -103,10 +103,10 @@ class Fields:
 
     def any(self, name: str) -> Any:
         """What came, as it came; None where nothing did."""
-        return self._values.get(name)
+        return self.values.get(name)
 
     def _of(self, name: str, kind: type, called: str) -> Any:
-        value = self._values[name]
+        value = self.values[name]
         if not isinstance(value, kind):
             raise self._wrong(name, value, called)
         return value

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from pumice.checkpoints import Checkpoint
-from pumice.model import Source, chosen_device, chosen_dtype
+from pumice.model import chosen_device, chosen_dtype
 from pumice.room.fitting import Machine, Verdict, Way, judged, ways
 from pumice.room.footprint import Footprint, Share, footprint, grids, largest
 from pumice.room.memory import Memory
+from pumice.source import Source
 from pumice.tasks.pace import Pace, measure, slice_bytes
 
 

@@ -25,9 +25,10 @@ from pumice.conversation import Stream
 from pumice.engine.sampling import Sampling
 from pumice.errors import UserError, shortened
 from pumice.image import Grid, Prepared
-from pumice.model import Model, Source, load_from
+from pumice.model import Model, load_from
 from pumice.prompt import Part
 from pumice.question import Question
+from pumice.source import Source
 from pumice.tasks.card import Build, read_as
 from pumice.tasks.probes import ANSWER_TOKENS, Probe
 

@@ -15,7 +15,8 @@ from pumice import store
 from pumice.checkpoints.card import check_room, write_card
 from pumice.errors import UserError
 from pumice.image import ImageLike
-from pumice.model import Model, Source, load_from
+from pumice.model import Model, load_from
+from pumice.source import Source
 from pumice.tasks.card import Card
 from pumice.tasks.figures import FeatureTally, LogitTally, PixelTally
 from pumice.tasks.probes import Probe, probes
