@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -203,11 +204,13 @@ def test_an_authors_folder_with_its_tower_beside_it(own: OwnStore, folder: Path,
     assert torch.equal(logits("me/mine:v1"), logits(tmp_path / "theirs"))
 
 
-def test_a_lora_with_what_belongs_under_and_beside_it(own: OwnStore, tmp_path: Path) -> None:
-    """Three FROM lines: the authors' adapter with its projector, the language model, the tower."""
+@pytest.mark.parametrize("lines", [1, 3])
+def test_a_lora_with_what_belongs_under_and_beside_it(own: OwnStore, tmp_path: Path, lines: int) -> None:
+    """Three FROM lines: the authors' adapter with its projector, the language model, the tower. One is enough where
+    the others lie under the names that its configs have."""
     root = reference("golden/models-original")
     names = ("llava-v1.5-tiny-lora", "vicuna-tiny", "llava-v1.5-tiny-clip")
-    said = read_modelfile("".join(f"FROM {root / name}\n" for name in names))
+    said = read_modelfile("".join(f"FROM {root / name}\n" for name in names[:lines]))
     assert made(of_this_machine(said, tmp_path), own)[0] == "converting model"
     lora = root / names[0]
     expected = pumice.load(lora, dtype="float32", beside=[root / names[1], root / names[2]])
@@ -491,6 +494,26 @@ def test_a9_a_path_that_is_there_and_one_that_is_not_say_the_same(
                 made(creating.asked(filled, own), own)
             said.append((type(caught.value), str(caught.value).replace(path, "…").replace("gone", "kept")))
         assert said[0] == said[1]
+
+
+def test_a9_a_path_in_a_config_that_was_sent_is_not_followed(own: OwnStore, tmp_path: Path) -> None:
+    """Else weights of this machine would come into a model that anybody may push."""
+    root = reference("golden/models-original")
+    lora = Path(shutil.copytree(root / "llava-v1.5-tiny-lora", tmp_path / "lora"))
+    config = json.loads((lora / "config.json").read_text())
+    adapter = json.loads((lora / "adapter_config.json").read_text())
+    said = []
+    for tower, base in (("llava-v1.5-tiny-clip", "vicuna-tiny"), ("gone", "gone")):
+        (lora / "config.json").write_text(json.dumps(config | {"mm_vision_tower": str(root / tower)}))
+        changed = adapter | {"base_model_name_or_path": str(root / base)}
+        (lora / "adapter_config.json").write_text(json.dumps(changed))
+        if base != "gone":
+            pumice.load(lora)  # who sits here may
+        with pytest.raises(UserError, match="the language model under it was not found") as caught:
+            made(creating.asked({"files": uploaded(own, *lora.iterdir())}, own), own)
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+    assert str(tmp_path) not in said[0]
 
 
 # --- stopped ----------------------------------------------------------------------------------------------------------

@@ -155,7 +155,7 @@ def _of_folder(folder: Path, bench: Bench) -> Making:
     inner = sorted(each.parent for each in folder.glob("*/config.json"))
     with _named({f"{folder}/": "", str(folder): bench.title, f"{bench.shop}/": ""}):
         yield Progress("converting model")
-        checkpoint = checkpoints.read(folder, beside=inner)
+        checkpoint = checkpoints.read(folder, beside=inner, alone=True)
         layers = yield from _converted(checkpoint, _dense_type(checkpoint), bench, (_MODEL, _EYES))
     said = gguf_keys.said(bench.blobs.path(layers[0]), bench.title)
     return Base(layers, config_of(said, sees=len(layers) > 1), template=checkpoint.config.template)
