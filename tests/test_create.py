@@ -44,6 +44,7 @@ from pumice.ollama_prompt import Turn, render_turns, worded
 from pumice.prompt import TEMPLATES, Message, Part, render
 from pumice.store import gguf_keys
 from pumice.store.layout import OwnStore
+from pumice.store.link import Reach
 from pumice.store.manifest import Manifest
 from pumice.store.names import Name
 from pumice.store.places import own_store
@@ -51,6 +52,7 @@ from pumice.store.registry import Missing
 from pumice.store.transfer import Progress
 from test_gguf import edited
 from test_gguf import logits as of_network
+from wires import Fake, serving
 
 PICTURE = Image.effect_noise((50, 90), 90).convert("RGB")
 MINE = Name.parse("me/mine:v1")
@@ -304,6 +306,21 @@ def test_a_model_without_a_template_gets_the_one_of_its_weights(own: OwnStore, p
     assert stored(own).parameters() == {"stop": ["x"]}
 
 
+def test_a_model_that_is_not_here_is_pulled_first(own: OwnStore) -> None:
+    with serving(Fake()) as registry:
+        registry.model(b"weights", b"{{ .Prompt }}", b'{"model_format":"gguf","model_type":"7B"}')
+        source = f"{registry.host}/me/tiny"
+        steps = creating.create(MINE, Recipe(source, system="Mine."), own, Reach(plain=True, inner=True))
+        statuses = [step.status for step in steps]
+    assert (statuses[0], statuses[-2:]) == ("pulling manifest", ["writing manifest", "success"])
+    assert statuses.count("success") == 1
+    assert stored(own).text("system") == "Mine."
+    assert stored(own).config["model_type"] == "7B"
+    assert stored(own).manifest.layers[0].origin == f"{source}:latest"
+    with pytest.raises(UserError, match="private network"):
+        made(Recipe("127.0.0.1:9/me/other"), own)  # A7: not by a request
+
+
 def test_quantising_a_model(own: OwnStore, places: Path, pair: Path) -> None:
     of_ollama(places, pair)
     statuses = made(Recipe("llava:7b", quantize="Q8_0"), own)
@@ -420,6 +437,18 @@ def test_a_damaged_gguf_is_refused(own: OwnStore, pair: Path, cut: float, tmp_pa
 
 
 def test_eyes_of_another_model_are_refused(own: OwnStore, pair: Path) -> None:
+    pumice.convert("pebble", pair.with_name("pebble.gguf"), choices=pumice.conversion.Choices(force=True))
+    made(Recipe(files={pair.name: pair}), own, Name.parse("base"))
+    eyes = pair.with_name("mmproj-pebble.gguf")
+    with pytest.raises(UserError, match=r"mmproj-pebble\.gguf makes features of width"):
+        made(Recipe("base", {eyes.name: eyes}), own)
+    before = sorted(own.blobs.folder.iterdir())
+    with pytest.raises(UserError, match=r"mmproj-pebble\.gguf makes features of width"):
+        made(Recipe(files={pair.name: pair, eyes.name: eyes}), own)
+    assert sorted(own.blobs.folder.iterdir()) == before  # nothing was copied
+
+
+def test_eyes_of_another_model_that_were_sent_are_refused(own: OwnStore, pair: Path) -> None:
     pumice.convert("pebble", pair.with_name("pebble.gguf"), choices=pumice.conversion.Choices(force=True))
     files = uploaded(own, pair, pair.with_name("mmproj-pebble.gguf"))
     with pytest.raises(UserError, match=r"mmproj-pebble\.gguf makes features of width"):
@@ -562,7 +591,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(own: OwnStore) -> None:
         "except UserError as error: print(error.message)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "cannot be written" in done.stdout
+    assert done.stdout == "mmproj-x.gguf cannot be written: File too large\n"
     assert own.models() == ([], [])
     assert list(own.blobs.folder.iterdir()) == []
 
