@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,6 +44,7 @@ from pumice.ollama_prompt import Turn, render_turns, worded
 from pumice.prompt import TEMPLATES, Message, Part, render
 from pumice.store import gguf_keys
 from pumice.store.layout import OwnStore
+from pumice.store.link import Reach
 from pumice.store.manifest import Manifest
 from pumice.store.names import Name
 from pumice.store.places import own_store
@@ -50,6 +52,7 @@ from pumice.store.registry import Missing
 from pumice.store.transfer import Progress
 from test_gguf import edited
 from test_gguf import logits as of_network
+from wires import Fake, serving
 
 PICTURE = Image.effect_noise((50, 90), 90).convert("RGB")
 MINE = Name.parse("me/mine:v1")
@@ -203,11 +206,13 @@ def test_an_authors_folder_with_its_tower_beside_it(own: OwnStore, folder: Path,
     assert torch.equal(logits("me/mine:v1"), logits(tmp_path / "theirs"))
 
 
-def test_a_lora_with_what_belongs_under_and_beside_it(own: OwnStore, tmp_path: Path) -> None:
-    """Three FROM lines: the authors' adapter with its projector, the language model, the tower."""
+@pytest.mark.parametrize("lines", [1, 3])
+def test_a_lora_with_what_belongs_under_and_beside_it(own: OwnStore, tmp_path: Path, lines: int) -> None:
+    """Three FROM lines: the authors' adapter with its projector, the language model, the tower. One is enough where
+    the others lie under the names that its configs have."""
     root = reference("golden/models-original")
     names = ("llava-v1.5-tiny-lora", "vicuna-tiny", "llava-v1.5-tiny-clip")
-    said = read_modelfile("".join(f"FROM {root / name}\n" for name in names))
+    said = read_modelfile("".join(f"FROM {root / name}\n" for name in names[:lines]))
     assert made(of_this_machine(said, tmp_path), own)[0] == "converting model"
     lora = root / names[0]
     expected = pumice.load(lora, dtype="float32", beside=[root / names[1], root / names[2]])
@@ -299,6 +304,21 @@ def test_a_model_without_a_template_gets_the_one_of_its_weights(own: OwnStore, p
     assert stored(own).text("template") == words.template
     assert stored(own).text("system") == "Mine."  # not the template's own
     assert stored(own).parameters() == {"stop": ["x"]}
+
+
+def test_a_model_that_is_not_here_is_pulled_first(own: OwnStore) -> None:
+    with serving(Fake()) as registry:
+        registry.model(b"weights", b"{{ .Prompt }}", b'{"model_format":"gguf","model_type":"7B"}')
+        source = f"{registry.host}/me/tiny"
+        steps = creating.create(MINE, Recipe(source, system="Mine."), own, Reach(plain=True, inner=True))
+        statuses = [step.status for step in steps]
+    assert (statuses[0], statuses[-2:]) == ("pulling manifest", ["writing manifest", "success"])
+    assert statuses.count("success") == 1
+    assert stored(own).text("system") == "Mine."
+    assert stored(own).config["model_type"] == "7B"
+    assert stored(own).manifest.layers[0].origin == f"{source}:latest"
+    with pytest.raises(UserError, match="private network"):
+        made(Recipe("127.0.0.1:9/me/other"), own)  # A7: not by a request
 
 
 def test_quantising_a_model(own: OwnStore, places: Path, pair: Path) -> None:
@@ -418,6 +438,18 @@ def test_a_damaged_gguf_is_refused(own: OwnStore, pair: Path, cut: float, tmp_pa
 
 def test_eyes_of_another_model_are_refused(own: OwnStore, pair: Path) -> None:
     pumice.convert("pebble", pair.with_name("pebble.gguf"), choices=pumice.conversion.Choices(force=True))
+    made(Recipe(files={pair.name: pair}), own, Name.parse("base"))
+    eyes = pair.with_name("mmproj-pebble.gguf")
+    with pytest.raises(UserError, match=r"mmproj-pebble\.gguf makes features of width"):
+        made(Recipe("base", {eyes.name: eyes}), own)
+    before = sorted(own.blobs.folder.iterdir())
+    with pytest.raises(UserError, match=r"mmproj-pebble\.gguf makes features of width"):
+        made(Recipe(files={pair.name: pair, eyes.name: eyes}), own)
+    assert sorted(own.blobs.folder.iterdir()) == before  # nothing was copied
+
+
+def test_eyes_of_another_model_that_were_sent_are_refused(own: OwnStore, pair: Path) -> None:
+    pumice.convert("pebble", pair.with_name("pebble.gguf"), choices=pumice.conversion.Choices(force=True))
     files = uploaded(own, pair, pair.with_name("mmproj-pebble.gguf"))
     with pytest.raises(UserError, match=r"mmproj-pebble\.gguf makes features of width"):
         made(creating.asked({"files": files}, own), own)
@@ -493,6 +525,26 @@ def test_a9_a_path_that_is_there_and_one_that_is_not_say_the_same(
         assert said[0] == said[1]
 
 
+def test_a9_a_path_in_a_config_that_was_sent_is_not_followed(own: OwnStore, tmp_path: Path) -> None:
+    """Else weights of this machine would come into a model that anybody may push."""
+    root = reference("golden/models-original")
+    lora = Path(shutil.copytree(root / "llava-v1.5-tiny-lora", tmp_path / "lora"))
+    config = json.loads((lora / "config.json").read_text())
+    adapter = json.loads((lora / "adapter_config.json").read_text())
+    said = []
+    for tower, base in (("llava-v1.5-tiny-clip", "vicuna-tiny"), ("gone", "gone")):
+        (lora / "config.json").write_text(json.dumps(config | {"mm_vision_tower": str(root / tower)}))
+        changed = adapter | {"base_model_name_or_path": str(root / base)}
+        (lora / "adapter_config.json").write_text(json.dumps(changed))
+        if base != "gone":
+            pumice.load(lora)  # who sits here may
+        with pytest.raises(UserError, match="the language model under it was not found") as caught:
+            made(creating.asked({"files": uploaded(own, *lora.iterdir())}, own), own)
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+    assert str(tmp_path) not in said[0]
+
+
 # --- stopped ----------------------------------------------------------------------------------------------------------
 
 
@@ -539,7 +591,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(own: OwnStore) -> None:
         "except UserError as error: print(error.message)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "cannot be written" in done.stdout
+    assert done.stdout == "mmproj-x.gguf cannot be written: File too large\n"
     assert own.models() == ([], [])
     assert list(own.blobs.folder.iterdir()) == []
 

@@ -68,6 +68,13 @@ def site(folder: Path) -> Site:
 
         return StreamingResponse(pieces(), media_type="application/x-ndjson")
 
+    async def flood() -> StreamingResponse:
+        async def pieces() -> AsyncIterator[bytes]:
+            while True:
+                yield bytes(100_000)
+
+        return StreamingResponse(pieces())
+
     async def file() -> FileResponse:
         return FileResponse(folder / "app.js")
 
@@ -87,6 +94,7 @@ def site(folder: Path) -> Site:
     ):
         app.add_api_route(path, answer, methods=methods, include_in_schema=False)
     app.add_api_route("/stream", stream, methods=["GET"])
+    app.add_api_route("/flood", flood, methods=["GET"])
     app.add_api_route("/file", file, methods=["GET"])
     app.mount("/page", StaticFiles(directory=folder))
     return made
@@ -144,7 +152,7 @@ def test_h_every_route_needs_a_key_but_health_and_the_page(locked: Site) -> None
     for method, path in sorted(FREE):
         assert ask(locked.port, path, method=method).status == 200, (method, path)
     for method, path in closed:
-        if path != "/stream":
+        if path not in ("/stream", "/flood"):
             assert ask(locked.port, path, KEY, method=method).status in (200, 405), (method, path)
 
 
@@ -605,3 +613,24 @@ def test_busy_connections_stay(locked: Site) -> None:
         got = b""
         while b"two\n" not in got:
             got += long.recv(1000)
+
+
+def test_g_a_client_that_does_not_read(unlocked: Site) -> None:
+    """attacks.md G (slow clients): its request ends, as if it had left, and its connection, with what it held."""
+    guarded, ended, lost = Guard(unlocked.app, Settings(request_read_s=0.5)), threading.Event(), threading.Event()
+
+    async def watched(scope: Any, receive: Any, send: Any) -> None:
+        await guarded(scope, receive, send)
+        if scope.get("path") == "/flood":
+            ended.set()
+
+    class Watched(Quick):
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            lost.set()
+
+    with listening(watched, http=Watched) as port, connected(port) as connection:
+        connection.sendall(b"GET /flood HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert ended.wait(30)
+        assert lost.wait(30)
+        assert ask(port, "/api/tags").status == 200

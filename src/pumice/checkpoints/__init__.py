@@ -21,18 +21,19 @@ from pumice.errors import UserError
 __all__ = ["Checkpoint", "Tensors", "check_writable", "expected_tensors", "read", "write_hf"]
 
 
-def read(path: Path, *, beside: Sequence[Path] = (), template: str | None = None) -> Checkpoint:
+def read(path: Path, *, beside: Sequence[Path] = (), template: str | None = None, alone: bool = False) -> Checkpoint:
     """The checkpoint in a folder or a GGUF file, its weights mapped and not yet read.
 
     beside: what else it needs, each known by what its own files say: the language model under a LoRA folder or a lone
     projector, the CLIP folder of an authors' 1.5 folder, the projector file (mmproj) of a GGUF, where it is not in the
-    same folder. template: the name of a prompt template, instead of the checkpoint's own.
+    same folder. template: the name of a prompt template, instead of the checkpoint's own. alone: a path in a config is
+    not followed, as in files that somebody sent: what it leads to is not theirs.
 
     Raises UserError: a file that is missing, damaged or hostile; a model that pumice does not run, by what is different
     about it; a tensor that is missing, extra or of the wrong shape, by its name.
     """
     with reading(path):
-        return _read(path, companions(beside), template)
+        return _read(path, companions(beside, alone=alone), template)
 
 
 def _read(path: Path, beside: Companions, template: str | None) -> Checkpoint:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pumice.checkpoints.fields import read_json
 from pumice.checkpoints.gguf_file import is_gguf
@@ -22,11 +23,13 @@ class Companions:
     """A CLIP model."""
     projector: Path | None = None
     """A GGUF file with the eyes of a language model."""
+    alone: bool = False
+    """Are paths in a config not followed?"""
 
 
-def companions(paths: Sequence[Path]) -> Companions:
+def companions(paths: Sequence[Path], *, alone: bool = False) -> Companions:
     """Raises UserError when one is no checkpoint, or two are of a kind."""
-    found: dict[str, Path] = {}
+    found: dict[str, Any] = {"alone": alone}
     for path in paths:
         kind = _kind(path)
         if kind in found:

@@ -47,8 +47,8 @@ def read(folder: Path, config: Fields, companions: Companions, template: str | N
     """The checkpoint in a folder whose config.json is `config`. Raises UserError; see `checkpoints.read`."""
     kind = _kind(config)
     mode = _mode(config)
-    entries, home = _weights(folder, companions.base)
-    tower = _tower(folder, config, entries, companions.tower)
+    entries, home = _weights(folder, companions)
+    tower = _tower(folder, config, entries, companions)
     entries = {**tower.entries, **entries}
     tokenizer = Tokenizer.from_folder(home)
     text = text_config(config, kind, tied=config.flag("tie_word_embeddings", False))
@@ -134,9 +134,9 @@ def _image(config: Fields, mode: Mode, tower: _Tower, vision: VisionConfig) -> I
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
-def _weights(folder: Path, base: Path | None) -> tuple[dict[str, Entry], Path]:
+def _weights(folder: Path, companions: Companions) -> tuple[dict[str, Entry], Path]:
     """Everything but a separate tower, by pumice's names, and the folder that has the tokenizer."""
-    adapter = folder / "adapter_config.json"
+    adapter, base = folder / "adapter_config.json", companions.base
     own = open_weights(folder)
     if own and not adapter.is_file():
         if base is not None:
@@ -147,7 +147,7 @@ def _weights(folder: Path, base: Path | None) -> tuple[dict[str, Entry], Path]:
         return renamed(own, folder), folder
     if adapter.is_file():
         config = read_json(adapter)
-        base = base or _sibling(folder, config.text("base_model_name_or_path", ""))
+        base = base or _sibling(folder, config.text("base_model_name_or_path", ""), companions)
         extra = folder / "non_lora_trainables.bin"
     else:
         extra = folder / "mm_projector.bin"
@@ -174,21 +174,21 @@ def _unwrapped(key: str) -> str:
     return key.removeprefix("base_model.model.") if key.startswith("base_model.model.") else key
 
 
-def _sibling(folder: Path, name: str) -> Path | None:
+def _sibling(folder: Path, name: str, companions: Companions) -> Path | None:
     """A folder that a config names (`openai/clip-vit-…`): beside the checkpoint by its last part, or as a path."""
     if not name or len(name) > 1024:
         return None
-    candidates = (folder.resolve().parent / Path(name).name, Path(name))
+    candidates = (folder.resolve().parent / Path(name).name, *(() if companions.alone else (Path(name),)))
     return next((each for each in candidates if (each / "config.json").is_file()), None)
 
 
-def _tower(folder: Path, config: Fields, entries: Mapping[str, Entry], given: Path | None) -> _Tower:
+def _tower(folder: Path, config: Fields, entries: Mapping[str, Entry], companions: Companions) -> _Tower:
     """1.6 was trained with its tower and holds it; for 1.5 the weights are those of the CLIP that its config names."""
     name, own = config.text("mm_vision_tower", ""), config.inner(TOWER_KEY)
-    inside = any(key.startswith("vision_tower.") for key in entries)
+    inside, given = any(key.startswith("vision_tower.") for key in entries), companions.tower
     if inside and given is None and own.names:
         return _Tower({}, _measured(entries, own.inner("vision_config"), folder), own.inner("image_processor"))
-    place = given or _sibling(folder, name)
+    place = given or _sibling(folder, name, companions)
     described = _described(place) if place is not None else Fields({}, "no tower")
     preprocessor = json_if_there(place / "preprocessor_config.json") if place is not None else Fields({}, "no tower")
     if inside:

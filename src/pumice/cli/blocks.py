@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from pumice.errors import UserError
-from pumice.store import Files, Stored, facts
+from pumice.store import Files, Installed, Stored, facts
 
 if TYPE_CHECKING:
     from pumice.checkpoints import Checkpoint
@@ -18,9 +18,8 @@ TEXTS = ("license", "modelfile", "parameters", "system", "template")
 Row = tuple[str, ...]
 
 
-def text_of(files: Files, what: str) -> str:
-    """One of TEXTS. Raises UserError for a model that is in no store and so has none."""
-    model = files.stored
+def text_of(files: Files, model: Installed | None, what: str) -> str:
+    """One of TEXTS. Raises UserError for a model that has no name here and so has none."""
     if model is None:
         raise UserError(
             f"{files.title} is in no store, so no {what} was kept for it",
@@ -28,12 +27,14 @@ def text_of(files: Files, what: str) -> str:
         )
     match what:
         case "license":
-            return "\n".join(model.texts("license"))
+            return "\n".join(model.texts("license")) if isinstance(model, Stored) else ""
         case "modelfile":
             return facts.modelfile(model)
         case "parameters":
             return facts.parameters(model)
-    return model.text(what) or ""
+        case "system":
+            return facts.system(model)
+    return facts.template(model)
 
 
 def kept(model: Stored) -> dict[str, object]:

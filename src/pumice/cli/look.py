@@ -79,7 +79,8 @@ def show(
         options_ = "'--license', '--modelfile', '--parameters', '--system', or '--template'"
         raise UserError(f"only one of {options_} can be specified", hint="give one of them")
     if texts:
-        print(blocks.text_of(found, texts[0]))
+        named = found.stored or store.find(model)
+        print(blocks.text_of(found, named if named and named.path == found.path else None, texts[0]))
         return
     try:
         checkpoint = options.source(model, template, preprocess, beside).checkpoint()

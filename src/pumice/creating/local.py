@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,14 +31,24 @@ def of_this_machine(said: Modelfile, folder: Path) -> Recipe:
         path = folder / Path(text).expanduser()
         if os.path.isdir(path):
             # A second folder is what the first needs beside it: a CLIP tower, the model under a LoRA.
-            before = f"beside{number}/" if files else ""
-            files |= {before + each.name: each for each in _of_folder(path)}
+            for place in [path, *(_named_in(path) if len(said.sources) == 1 else ())]:
+                before = f"beside{len(files)}/" if files else ""
+                files |= {before + each.name: each for each in _of_folder(place)}
         elif os.path.exists(path):
             files[f"{path.name}" if path.name not in files else f"{number}-{path.name}"] = path
         else:
             names.append(text)
     recipe = of_modelfile(replace(said, sources=tuple(names) or ("",)))
     return replace(recipe, source=recipe.source or None, files=files)
+
+
+def _named_in(folder: Path) -> Iterator[Path]:
+    """The folders that a model of the authors' names, where they are here: as `checkpoints.read` finds them."""
+    for file, key in (("config.json", "mm_vision_tower"), ("adapter_config.json", "base_model_name_or_path")):
+        with suppress(OSError, ValueError):
+            name = json.loads((folder / file).read_bytes()).get(key)
+            places = (folder.resolve().parent / Path(name).name, Path(name)) if isinstance(name, str) and name else ()
+            yield from [each for each in places if (each / "config.json").is_file()][:1]
 
 
 def _of_folder(folder: Path) -> Iterator[Path]:

@@ -75,7 +75,9 @@ def of_model(model: Installed, bench: Bench) -> Making:
     if base.role("model") and (bench.mix or not base.role("template")):
         if base.role("adapter"):
             raise no_adapter()
-        base = yield from _finished(base, model.path, model.beside, {str(model.path): model.title}, bench)
+        given = replace(bench, worded=bool(base.role("template")))
+        look = yield from _looked_at(model.path, model.beside, {str(model.path): model.title}, given)
+        base = yield from _finished(base, look, bench)
     for each in base.layers:
         if each in layers:
             bench.blobs.take(model.blobs.path(each), each)
@@ -88,6 +90,12 @@ def with_eyes(base: Base, files: Mapping[str, Path], bench: Bench) -> Making:
         yield Progress("parsing GGUF")
         if not gguf_keys.said(path, name).is_projector:
             raise UserError(f"{name} came beside a model, and is no projector", hint="name the model, or the files")
+        weights = base.role("model")
+        if len(weights) == 1:
+            model = bench.blobs.path(weights[0])
+            yield from _looked_at(
+                model, (path,), {str(model): bench.title, str(path): name}, replace(bench, worded=True)
+            )
         layer = yield from _taken(path, name, _EYES, bench)
         kept = [each for each in base.layers if each.role != "projector"]
         named = base.config.get("model_families") or [base.config.get("model_family")]
@@ -111,39 +119,55 @@ def _of_gguf(files: Mapping[str, Path], bench: Bench) -> Making:
             hint="send one of a language model, and at most one with its eyes",
         )
     path, beside = files[models[0]], tuple(files[each] for each in eyes)
-    places = {str(each): name for name, each in files.items()}
+    look = yield from _looked_at(path, beside, {str(each): name for name, each in files.items()}, bench)
     layers = []
     if bench.mix is None or said[models[0]].file_type == bench.mix:
         layers.append((yield from _taken(path, models[0], _MODEL, bench)))
     for each in eyes:
         layers.append((yield from _taken(files[each], each, _EYES, bench)))
     base = Base(tuple(layers), config_of(said[models[0]], sees=bool(eyes)))
-    return (yield from _finished(base, path, beside, places, bench))
+    return (yield from _finished(base, look, bench))
 
 
-def _finished(base: Base, path: Path, beside: tuple[Path, ...], places: Mapping[str, str], bench: Bench) -> Making:
-    """A model of GGUF files, looked at as a whole: with the eyes that lie beside it, its template, and its mix."""
+@dataclass(frozen=True)
+class _Look:
+    """A model of GGUF files as a whole."""
+
+    said: Said
+    checkpoint: Checkpoint | None
+    """None of a kind that pumice does not run."""
+
+
+def _looked_at(
+    path: Path, beside: tuple[Path, ...], places: Mapping[str, str], bench: Bench
+) -> Generator[Progress, None, _Look]:
+    """Read the files' heads. Raises UserError for what is damaged, does not fit together, or cannot be quantised."""
     yield Progress("validating GGUF model")
     said = gguf_keys.said(path, places[str(path)])
     with _named(places):
-        checkpoint = _read(
-            path, beside, said, worded=bench.mix is None and (bench.worded or bool(base.role("template")))
-        )
-    if checkpoint is None:
-        if bench.mix:
+        checkpoint = _read(path, beside, said, worded=bench.worded and bench.mix is None)
+    if bench.mix not in (None, said.file_type):
+        if checkpoint is None:
             raise UserError(f'unsupported architecture "{said.architecture}"', hint="quantise it with another program")
+        if said.file_type not in _DENSE:
+            words = "quantization is only supported for F16, BF16 and F32 models"
+            raise UserError(words, hint="begin with such a model")
+    return _Look(said, checkpoint)
+
+
+def _finished(base: Base, look: _Look, bench: Bench) -> Making:
+    """With the eyes that lie beside the model's file, its template's name, and its mix."""
+    said, checkpoint = look.said, look.checkpoint
+    if checkpoint is None:
         return base
     base = replace(base, template=checkpoint.config.template)
-    if checkpoint.projector and not beside:
+    if checkpoint.projector and not base.role("projector"):
         eyes = yield from _taken(checkpoint.projector, checkpoint.projector.name, _EYES, bench)
         base = replace(base, layers=(*base.layers, eyes), config=config_of(said, sees=True))
-    if bench.mix is None or said.file_type == bench.mix:
+    if bench.mix in (None, said.file_type):
         return base
-    if said.file_type not in _DENSE:
-        raise UserError("quantization is only supported for F16, BF16 and F32 models", hint="begin with such a model")
-    with _named(places):
-        # Its eyes are kept as they are.
-        (model,) = yield from _converted(checkpoint, said.file_type, bench, (_MODEL,))
+    # Its eyes are kept as they are.
+    (model,) = yield from _converted(checkpoint, said.file_type, bench, (_MODEL,))
     others = [each for each in base.layers if each.role != "model"]
     made = gguf_keys.said(bench.blobs.path(model), bench.title)
     return replace(base, layers=(model, *others), config=dict(base.config) | _types(made))
@@ -153,9 +177,9 @@ def _of_folder(folder: Path, bench: Bench) -> Making:
     from pumice import checkpoints
 
     inner = sorted(each.parent for each in folder.glob("*/config.json"))
-    with _named({f"{folder}/": "", str(folder): bench.title, f"{bench.shop}/": ""}):
+    with _named({f"{folder}/": "", str(folder): bench.title}):
         yield Progress("converting model")
-        checkpoint = checkpoints.read(folder, beside=inner)
+        checkpoint = checkpoints.read(folder, beside=inner, alone=True)
         layers = yield from _converted(checkpoint, _dense_type(checkpoint), bench, (_MODEL, _EYES))
     said = gguf_keys.said(bench.blobs.path(layers[0]), bench.title)
     return Base(layers, config_of(said, sees=len(layers) > 1), template=checkpoint.config.template)
@@ -191,7 +215,8 @@ def _converted(
         report = write(checkpoint, target, lambda name, done, total: told(Progress(status, NO_DIGEST, total, done)))
         return [each.path for each in report.written]
 
-    written = yield from following(work)
+    with _named({f"{bench.shop}/": ""}):
+        written = yield from following(work)
     yield Progress("verifying conversion")
     return tuple(bench.blobs.keep(each, kind) for each, kind in zip(written, media_types))
 

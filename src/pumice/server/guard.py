@@ -114,6 +114,10 @@ class Guard:
         return any(found) and scheme.lower() == "bearer"
 
 
+class _Stalled(OSError):
+    """Who asked does not read the answer."""
+
+
 class _Exchange:
     """One request and its answer: counts and times the body on its way in, adds headers on the way out."""
 
@@ -139,7 +143,7 @@ class _Exchange:
         headers = [each for each in self._scope["headers"] if each[0] not in (b"range", b"if-range")]
         try:
             await app({**self._scope, "headers": headers}, self._take, self._give)
-        except ClientDisconnect:
+        except (ClientDisconnect, _Stalled):
             if not self._is_over:
                 raise
 
@@ -202,13 +206,19 @@ class _Exchange:
         return _GONE
 
     async def _give(self, message: Message) -> None:
-        """What the application sends; nothing more, once its request was refused."""
+        """What the application sends; nothing more, once its request was refused. Raises _Stalled in the application
+        where nobody takes it."""
         if self._is_over:
             return
         if message["type"] == "http.response.start":
             self._is_started = True
             message = {**message, "headers": [*message.get("headers", ()), *self.headers]}
-        await self._send(message)
+        try:
+            async with asyncio.timeout(self._read_s):
+                await self._send(message)
+        except TimeoutError as error:
+            self._is_over = True
+            raise _Stalled from error
 
     async def _linger(self) -> None:
         with suppress(TimeoutError):

@@ -1,4 +1,4 @@
-"""`--offline`: no connection leaves this machine, whatever asks for one, in this process and until it ends.
+"""Offline: no connection leaves this machine, whatever asks for one, in this process and until it ends.
 
 Python tells its audit hooks of each connection, datagram and look-up of a name before the system hears of it, and a
 hook may refuse; none can be taken away again. One way around is closed by hand: a socket that is given a name looks it

@@ -19,7 +19,7 @@ class Patient(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._asked = self.scope
+        self._asked, self._is_left = self.scope, False
         self._timer = self.loop.call_later(self.head_s, self._look)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -27,8 +27,10 @@ class Patient(H11Protocol):
         super().connection_lost(exc)
 
     def _look(self) -> None:
+        if self._is_left:  # closed at the last look already, and what was still to be sent nobody takes
+            self.transport.abort()
+            return
         if self.conn.their_state is h11.IDLE and self.scope is self._asked:  # no request since the last look
             self.transport.close()
-            return
-        self._asked = self.scope
+        self._asked, self._is_left = self.scope, self.transport.is_closing()
         self._timer = self.loop.call_later(self.head_s, self._look)

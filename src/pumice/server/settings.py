@@ -100,7 +100,7 @@ class Settings:
     max_images: int = 64
     """Pictures of one request."""
     request_read_s: float = 120.0
-    """How long a request's body may take to come; of a model's file, how long it may stand still."""
+    """How long a request's body may take to come; how long a model's file, or who reads an answer, may stand still."""
     drain_s: float = 30.0
     """How long answers may take to end, once the server is told to stop."""
     stuck_s: float = 120.0

@@ -1,5 +1,7 @@
 // The server: one way to ask it, what it says when it fails, and whether it is there at all.
 
+import { session } from "./kept.js";
+
 const ROOT = new URL("../", import.meta.url); // the page may lie behind a proxy under a path of its own
 const KEY = "pumice.key";
 const FIRST_PAUSE_S = 2;
@@ -71,7 +73,7 @@ function parsed(line) {
 
 async function request(path, { method = "GET", body, signal }) {
   for (;;) {
-    const key = sessionStorage.getItem(KEY);
+    const key = session.getItem(KEY);
     const response = await fetched(path, method, body, signal, key);
     if (response.status === 401) {
       await newKey(key, await words(response));
@@ -100,11 +102,11 @@ async function fetched(path, method, body, signal, key) {
 
 /** Several requests may be refused at once; the person is asked once. `used` is the key that was refused. */
 async function newKey(used, why) {
-  if (sessionStorage.getItem(KEY) !== used) return; // another request has a new one already
+  if (session.getItem(KEY) !== used) return; // another request has a new one already
   asking ??= askForKey(used ? why : "").finally(() => (asking = null));
   const key = await asking;
   if (key === null) throw new Refused(why);
-  sessionStorage.setItem(KEY, key);
+  session.setItem(KEY, key);
 }
 
 async function words(response) {

@@ -4,6 +4,7 @@ import * as api from "./api.js";
 import * as composer from "./composer.js";
 import { $, announce, el, show } from "./dom.js";
 import * as history from "./history.js";
+import { local } from "./kept.js";
 import * as models from "./models.js";
 import { see } from "./see.js";
 import * as settings from "./settings.js";
@@ -147,6 +148,7 @@ async function run(turn, added = []) {
   asked.changed = Date.now();
   running = { chat: asked, pictures: shown, controller: new AbortController() };
   composer.busy(true);
+  announce(`Asked ${asked.models.join(" and ")}.`);
   drawLast(turn);
   await keep(asked, added);
   for (const column of turn.answers.keys()) await answer(asked, turn, column, shown);
@@ -214,10 +216,10 @@ function theme() {
     const chosen = isDark() ? "light" : "dark";
     if ((chosen === "dark") === dark.matches) {
       delete root.dataset.theme; // as the system has it, so the system decides again
-      localStorage.removeItem("pumice.theme");
+      local.removeItem("pumice.theme");
     } else {
       root.dataset.theme = chosen;
-      localStorage.setItem("pumice.theme", chosen);
+      local.setItem("pumice.theme", chosen);
     }
     tell();
   });
@@ -261,8 +263,11 @@ async function arrive() {
   }
 }
 
+let isAtEnd = true;
+
 function scrolled() {
-  $("to-end").hidden = atEnd();
+  isAtEnd = atEnd();
+  $("to-end").hidden = isAtEnd;
 }
 
 function wire() {
@@ -298,6 +303,7 @@ function wire() {
   for (const cancel of document.querySelectorAll(".cancel")) cancel.addEventListener("click", () => cancel.closest("dialog").close(""));
   $("to-end").addEventListener("click", toEnd);
   $("main").addEventListener("scroll", scrolled, { passive: true });
+  new ResizeObserver(() => isAtEnd && toEnd()).observe($("main")); // as the composer grows, or a phone's keyboard comes
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape" && running && !document.querySelector("dialog[open]")) running.controller.abort();
   });

@@ -20,7 +20,8 @@ export function begin({ send, see }) {
     send();
   });
   question.addEventListener("keydown", (event) => {
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    if (event.key !== "Enter" || event.shiftKey) return;
+    if (event.isComposing || event.keyCode === 229) return; // a word is being composed; 229 is how Safari says it
     event.preventDefault();
     send();
   });

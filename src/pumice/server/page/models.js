@@ -2,6 +2,7 @@
 
 import * as api from "./api.js";
 import { $, announce, bytes, el, seconds, show } from "./dom.js";
+import { local, parsed } from "./kept.js";
 
 const KEPT = "pumice.models";
 let installed = [];
@@ -18,7 +19,7 @@ export function chosen() {
 /** Wires the pickers; `changed()` after every choice. */
 export function begin(changed) {
   const kept = () => {
-    localStorage.setItem(KEPT, JSON.stringify(chosen()));
+    local.setItem(KEPT, JSON.stringify(chosen()));
     changed();
   };
   $("model").addEventListener("change", kept);
@@ -51,7 +52,7 @@ export function choose(names) {
 
 /** Asks the server anew which models it has. */
 export async function refresh() {
-  const before = installed.length ? chosen() : JSON.parse(localStorage.getItem(KEPT) ?? "[]");
+  const before = installed.length ? chosen() : parsed(KEPT, []);
   installed = (await api.get("api/tags")).models;
   for (const id of ["model", "second"]) {
     const options = installed.map(({ name }) => el("option", { value: name }, name));

@@ -1,6 +1,7 @@
-// What a person sets for every chat, kept in the browser's local storage; and how it goes into a request.
+// What a person sets for every chat, kept in the browser; and how it goes into a request.
 
 import { $, show } from "./dom.js";
+import { local, parsed } from "./kept.js";
 
 const KEPT = "pumice.settings";
 const NUMBERS = { temperature: "temperature", seed: "seed", limit: "num_predict" };
@@ -12,17 +13,16 @@ const EXAMPLE = {
   required: ["title", "objects"],
 };
 
-const form = () => document.querySelector('input[name="form"]:checked').value;
+const form = () => document.querySelector('input[name="form"]:checked')?.value ?? "text";
 
 /** Fills the fields with what was kept and calls `changed()` at every change. */
 export function begin(changed) {
-  const kept = JSON.parse(localStorage.getItem(KEPT) ?? "{}");
+  const kept = parsed(KEPT, {});
   for (const id of FIELDS) $(id).value = kept[id] ?? "";
-  const chosen = document.querySelector(`input[name="form"][value="${kept.form === "json" || kept.form === "schema" ? kept.form : "text"}"]`);
-  chosen.checked = true;
+  for (const choice of document.querySelectorAll('input[name="form"]')) choice.checked = choice.value === (kept.form ?? "text");
   const update = () => {
     const values = Object.fromEntries(FIELDS.map((id) => [id, $(id).value]));
-    localStorage.setItem(KEPT, JSON.stringify({ ...values, form: form() }));
+    local.setItem(KEPT, JSON.stringify({ ...values, form: form() }));
     review();
     changed();
   };

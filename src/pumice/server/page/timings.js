@@ -2,12 +2,15 @@
 
 import { el, number, plural, seconds } from "./dom.js";
 
-const rate = (tokens, s) => (tokens > 0 && s > 0 ? `${tokens / s < 100 ? (tokens / s).toFixed(1) : number(Math.round(tokens / s))} tokens/s` : "");
+function rate(tokens, s) {
+  if (!(tokens > 0 && s > 0)) return "";
+  return tokens / s < 100 ? (tokens / s).toFixed(1) : number(Math.round(tokens / s));
+}
 
 /** A <details> for an answer's timings. */
 export function timingsView(t) {
   const speed = rate(t.answerTokens, t.writeS);
-  const line = [plural(t.answerTokens, "token"), seconds(t.totalS), speed].filter(Boolean).join(" · ");
+  const line = [seconds(t.totalS), speed && `${speed} tokens/s`].filter(Boolean).join(" · ");
   const opened = (event) => event.target.open && event.target.scrollIntoView({ block: "nearest" });
   return el("details", { class: "timings", ontoggle: opened }, el("summary", {}, line), body(t));
 }
@@ -16,13 +19,13 @@ function phases(t) {
   const pictureTokens = t.imageTokens.reduce((sum, each) => sum + each, 0);
   const fresh = Math.max(0, t.promptTokens - t.cachedTokens);
   const known = [
-    { name: "Load the model", kind: "load", s: t.loadS, what: "" },
-    { name: "Look at pictures", kind: "look", s: t.encodeS, what: pictureTokens ? plural(pictureTokens, "token") : "" },
-    { name: "Read the prompt", kind: "read", s: t.readS, what: plural(fresh, "token"), speed: rate(fresh, t.readS) },
-    { name: "Write the answer", kind: "write", s: t.writeS, what: plural(t.answerTokens, "token"), speed: rate(t.answerTokens, t.writeS) },
+    { name: "Load the model", kind: "load", s: t.loadS },
+    { name: "Look at pictures", kind: "look", s: t.encodeS, tokens: pictureTokens },
+    { name: "Read the prompt", kind: "read", s: t.readS, tokens: fresh, speed: rate(fresh, t.readS) },
+    { name: "Write the answer", kind: "write", s: t.writeS, tokens: t.answerTokens, speed: rate(t.answerTokens, t.writeS) },
   ];
   const rest = t.totalS - known.reduce((sum, each) => sum + each.s, 0);
-  return rest > 0.0005 ? [...known, { name: "Wait and the rest", kind: "rest", s: rest, what: "" }] : known;
+  return rest > 0.0005 ? [...known, { name: "Wait and the rest", kind: "rest", s: rest }] : known;
 }
 
 function body(t) {
@@ -38,19 +41,19 @@ function body(t) {
     "table",
     {},
     el("caption", { class: "sr" }, "Time by phase"),
-    el("thead", { class: "sr" }, el("tr", {}, ["Phase", "Time", "Tokens", "Speed"].map((name) => el("th", { scope: "col" }, name)))),
+    el("thead", {}, el("tr", {}, ["Phase", "Time", "Tokens", "Tokens/s"].map((name) => el("th", { scope: "col" }, name)))),
     el("tbody", {}, rows.map(row)),
   );
   return el("div", { class: "timings-body" }, bar, table, el("p", { class: "quiet" }, remarks(t)));
 }
 
-const row = ({ name, kind, s, what, speed }) =>
+const row = ({ name, kind, s, tokens, speed }) =>
   el(
     "tr",
     {},
     el("th", { scope: "row" }, el("span", { class: `dot ${kind}`, "aria-hidden": "true" }), name),
     el("td", {}, seconds(s)),
-    el("td", {}, what),
+    el("td", {}, tokens ? number(tokens) : ""),
     el("td", {}, speed ?? ""),
   );
 
