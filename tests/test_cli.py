@@ -83,7 +83,7 @@ def test_help_is_golden_and_light() -> None:
     pages = []
     verbs = (
         "run", "classify", "show", "prompt", "plan", "verify", "convert", "quantize", "pull", "push", "create", "list",
-        "rm", "cp", "llava-cli",
+        "rm", "cp", "serve", "ps", "stop", "llava-cli",
     )  # fmt: skip
     for verb in ("", *verbs):
         done = subprocess.run(

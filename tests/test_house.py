@@ -32,6 +32,7 @@ WITHIN_A_ROW = {
     ("prompt", "config"), ("tokenizer", "prompt"), ("tokenizer", "decoding"),
     ("tokenizer", "sentencepiece"), ("tokenizer", "special_tokens"), ("store", "checkpoints"),
     ("model", "question"), ("model", "dialogue"), ("model", "source"), ("model", "sampling_options"),
+    ("model", "embedding"), ("server", "creating"),
     ("source", "dialogue"), ("question", "dialogue"),
     ("model", "answer"), ("model", "classification"), ("model", "conversation"),
     ("answer", "question"), ("conversation", "answer"), ("conversation", "question"), ("classification", "question"),

@@ -23,7 +23,7 @@ from pumice.config import LlavaConfig
 from pumice.conversation import Chat, Stream
 from pumice.dialogue import Dressing
 from pumice.embedding import Embeddings
-from pumice.engine import Engine, Limits, Request, Sampling
+from pumice.engine import PAGE, Engine, Limits, Request, Sampling, position_bytes
 from pumice.engine.form import Form
 from pumice.errors import UserError, nearest
 from pumice.image import ImageLike, Prepared, prepare
@@ -207,7 +207,7 @@ class Model(Prompter):
     @property
     def cache_share(self) -> float:
         """Of the engine's cache, what requests under way hold: 0 to 1."""
-        return self.engine.pages_held / self.engine.pages
+        return self.engine.pages_held * PAGE * position_bytes(self.network) / self.engine.cache_bytes
 
     def limit(self, limits: Limits) -> None:
         """What the engine may take from now on. What it knows of earlier questions is forgotten. Raises UserError for a

@@ -30,7 +30,7 @@ from pumice.errors import UserError
 from pumice.image import Prepared
 from pumice.network.llava import Llava
 
-__all__ = ["Engine", "Generation", "Limits", "Request", "Sampling", "Step", "position_bytes"]
+__all__ = ["PAGE", "Engine", "Generation", "Limits", "Request", "Sampling", "Step", "position_bytes"]
 
 PAGE = 32
 """Positions of a page."""
@@ -203,11 +203,6 @@ class Engine:
     def cache_bytes(self) -> int:
         """What keys and values take when all pages are used."""
         return self._passes.bytes
-
-    @property
-    def pages(self) -> int:
-        """Pages that there are."""
-        return self._scheduler.positions // PAGE
 
     @property
     def pages_held(self) -> int:

@@ -115,7 +115,8 @@ class Order:
     def chats(self) -> bool:
         return self.kind == "chat.completion"
 
-    def envelope(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    def envelope(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
+        more = {} if usage is None else {"usage": usage}
         kind = f"{self.kind}.chunk" if self.streams and self.chats else self.kind
         head = {"id": self.id, "object": kind, "created": self.created, "model": self.name}
         return {**head, "system_fingerprint": FINGERPRINT, "choices": choices, **more}
