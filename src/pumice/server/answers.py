@@ -8,8 +8,12 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from starlette.requests import Request
+from starlette.types import Scope
+
 from pumice.errors import UserError
 from pumice.server.asked import Asked, Ready, context_ids, ready
+from pumice.server.logs import note
 from pumice.server.metrics import Finished, Reason
 from pumice.server.residents import Resident, Residents
 
@@ -64,16 +68,24 @@ class Coming:
         return "".join(chunk.text for chunk in chunks), chunks, answer
 
 
+@dataclass(frozen=True)
+class Call:
+    """Who asks which model, when, and how long it is to stay: None leaves that as it is."""
+
+    request: Request
+    name: str
+    keep_ns: int | None
+    came_s: float
+
+
 @asynccontextmanager
-async def begun(
-    residents: Residents, name: str, asked: Asked, keep_ns: int | None, came_s: float
-) -> AsyncIterator[Coming]:
+async def begun(residents: Residents, call: Call, asked: Asked) -> AsyncIterator[Coming]:
     """The answer to a request. Leaving the block cancels what has not come.
 
     Raises Refused and UserError before its first chunk is there.
     """
-    async with residents.use(name, keep_ns) as resident, resident.turn:
-        clock = Clock(came_s, time.monotonic())
+    async with residents.use(call.name, call.keep_ns) as resident, resident.turn:
+        clock = Clock(call.came_s, time.monotonic())
         model = resident.model
 
         def read() -> tuple[Ready, Answering]:
@@ -85,10 +97,12 @@ async def begun(
         try:
             async with aclosing(resident.worker.answer(answering)) as chunks:
                 first = await anext(chunks)
-                tally.first_s = time.monotonic() - came_s
+                tally.first_s = time.monotonic() - call.came_s
                 yield Coming(clock, found, resident, tally.watched(first, chunks))
         finally:
-            residents.metrics.finished(tally.finished(resident, answering, came_s))
+            finished = tally.finished(resident, answering, call.came_s)
+            residents.metrics.finished(finished)
+            _note(call.request.scope, finished)
 
 
 @dataclass
@@ -122,3 +136,13 @@ class Tally:
             first_token_s=self.first_s,
             whole_s=time.monotonic() - came_s,
         )
+
+
+def _note(scope: Scope, finished: Finished) -> None:
+    """What became of an answer, in the log's line of its request."""
+    note(scope, "model", finished.model)
+    note(scope, "reason", finished.reason)
+    note(scope, "images", finished.images)
+    note(scope, "prompt_tokens", finished.prompt_tokens)
+    note(scope, "cached_tokens", finished.cached_tokens)
+    note(scope, "generated_tokens", finished.generated_tokens)

@@ -57,6 +57,11 @@ def routes(residents: Residents, settings: Settings) -> APIRouter:
         model = named(required(fields))
         return JSONResponse(await asyncio.to_thread(shown, model, fields.flag("verbose")))
 
+    _add_changes(router, residents, settings)
+    return router
+
+
+def _add_changes(router: APIRouter, residents: Residents, settings: Settings) -> None:
     @router.post("/api/copy", openapi_extra=body("CopyRequest"))
     async def copy(request: Request) -> Response:
         """A second name of a model."""
@@ -103,8 +108,6 @@ def routes(residents: Residents, settings: Settings) -> APIRouter:
         if settings.offline:
             raise offline("push")
         return await told(_transfer("push", text, fields), fields.flag("stream", True))
-
-    return router
 
 
 def _transfer(verb: str, text: str, fields: Fields) -> Iterator[Progress]:

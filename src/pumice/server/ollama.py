@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from pumice.durations import keep_alive
 from pumice.errors import UserError
 from pumice.ollama_prompt import Turn
-from pumice.server.answers import Coming, begun
+from pumice.server.answers import Call, Coming, begun
 from pumice.server.asked import Asked
 from pumice.server.documents import body
 from pumice.server.residents import Residents, named
@@ -144,7 +144,8 @@ class Exchange:
 async def _answered(residents: Residents, common: Common, exchange: Exchange) -> Response:
     needs = AsyncExitStack()
     async with needs:
-        opening = begun(residents, common.name, exchange.asked, common.keep_ns, exchange.came_s)
+        call = Call(exchange.request, common.name, common.keep_ns, exchange.came_s)
+        opening = begun(residents, call, exchange.asked)
         coming = await unless_gone(exchange.request, needs.enter_async_context(opening))
         if common.streams:
             return Streamed(_lines(common.name, exchange, coming), needs.pop_all(), NDJSON)

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from pumice import store
 from pumice.durations import keep_alive
 from pumice.errors import UserError
-from pumice.server.answers import Coming, begun
+from pumice.server.answers import Call, Coming, begun
 from pumice.server.asked import Asked
 from pumice.server.documents import body
 from pumice.server.openai_request import asked_of, chat_turns, completion_turns
@@ -127,7 +127,7 @@ async def _answered(residents: Residents, request: Request, order: Order, asked:
     async with needs:
         coming = []
         for number in range(order.count):
-            opening = begun(residents, order.name, _nth(asked, number), order.keep_ns, order.came_s)
+            opening = begun(residents, Call(request, order.name, order.keep_ns, order.came_s), _nth(asked, number))
             coming.append(await unless_gone(request, needs.enter_async_context(opening)))
         if order.streams:
             return Streamed(_frames(order, coming), needs.pop_all(), "text/event-stream")
