@@ -17,13 +17,14 @@ import uvicorn
 from pumice.server.app import application
 from pumice.server.settings import Settings
 
+from pumice.server.patience import Patient
+
 
 @contextmanager
 def listening(app: Any, **options: Any) -> Iterator[int]:
-    """Serve `app` with uvicorn on a free port of 127.0.0.1; that port."""
-    config = uvicorn.Config(
-        app, **{"host": "127.0.0.1", "port": 0, "log_level": "critical", "access_log": False} | options
-    )
+    """Serve `app` with uvicorn, in the protocol that pumice uses, on a free port of 127.0.0.1; that port."""
+    usual: dict[str, Any] = {"host": "127.0.0.1", "port": 0, "http": Patient, "log_level": "critical"}
+    config = uvicorn.Config(app, **(usual | {"access_log": False} | options))
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -280,8 +280,8 @@ def test_h_websockets_are_refused(locked: Site) -> None:
     "host",
     [
         "localhost", "LocalHost:11434", "127.0.0.1", "127.0.0.1:80", "127.1.2.3", "[::1]", "[::1]:8", "0.0.0.0:1",
-        "192.168.1.7", "10.0.0.1:99", "172.16.0.1", "[fd00::1]", "app.localhost", "box.local:5", "host.docker.internal",
-        socket.gethostname(), "",
+        "192.168.1.7", "10.0.0.1:99", "172.16.0.1", "[fd00::1]", "::1", "app.localhost", "box.local:5",
+        "host.docker.internal", socket.gethostname(), "",
     ],
 )  # fmt: skip
 def test_h_hosts_of_this_machine(unlocked: Site, host: str) -> None:
@@ -525,13 +525,12 @@ def test_h_nosniff_on_every_answer(locked: Site) -> None:
 
 def test_h_ranges_are_not_read(locked: Site) -> None:
     """attacks.md H, CVE-2025-62727: 10^4 parts of a file cost what the file costs."""
-    parts = ",".join(f"{each}-{each}" for each in range(0, 20_000, 2))
+    parts = ",".join(["0-0"] * 10_000)
     for path in ("/page/app.js", "/file"):
         for span in (parts, "0-9"):
             began = time.monotonic()
-            found = ask(locked.port, path, KEY, f"Range: bytes={span}", 'If-Range: "x"')
-            assert (found.status, len(found.body)) in ((200, 50_000), (431, 0), (400, 29))
-            assert found.status == 200 or span == parts
+            found = ask(locked.port, path, KEY, f"Range: bytes={span}")
+            assert (found.status, len(found.body)) == (200, 50_000)
             assert time.monotonic() - began < 10
 
 

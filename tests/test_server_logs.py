@@ -20,6 +20,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse, StreamingResponse
 from pumice.server.guard import Guard
 from pumice.server.logs import AccessLog, config, note, request_id
+from pumice.server.patience import Patient
 from pumice.server.settings import Settings
 
 app = FastAPI()
@@ -45,7 +46,7 @@ async def broken():
 
 debug = sys.argv[1] == "debug"
 guarded = AccessLog(Guard(app, Settings(keys=("sesame",))), debug=debug)
-server = uvicorn.Server(uvicorn.Config(guarded, port=0, log_config=config(debug=debug)))
+server = uvicorn.Server(uvicorn.Config(guarded, port=0, http=Patient, log_config=config(debug=debug)))
 
 async def run():
     task = asyncio.create_task(server.serve())

@@ -75,7 +75,8 @@ async def app(scope, receive, send):
 
 def serve():
     guarded = Guard(app, Settings())
-    server = uvicorn.Server(uvicorn.Config(guarded, host="localhost", port=0, log_level="critical", lifespan="off"))
+    config = uvicorn.Config(guarded, host="localhost", port=0, loop="asyncio", log_level="critical", lifespan="off")
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

@@ -179,7 +179,10 @@ def test_a_key_that_no_header_can_carry(key: str) -> None:
     assert key not in str(caught.value)
 
 
-def test_settings_are_light() -> None:
-    code = "import sys, pumice.server.settings; print([m for m in ('torch', 'numpy', 'fastapi') if m in sys.modules])"
+@pytest.mark.parametrize("module", ["guard", "logs", "metrics", "offline", "patience", "remote", "settings"])
+def test_the_server_is_light(module: str) -> None:
+    """No model is loaded by what answers before one is asked."""
+    heavy = ("torch", "numpy", "PIL", "tokenizers", "huggingface_hub")
+    code = f"import sys, pumice.server.{module}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -3,7 +3,8 @@
 Python tells its audit hooks of each connection, datagram and look-up of a name before the system hears of it, and a
 hook may refuse; none can be taken away again. One way around is closed by hand: a socket that is given a name looks it
 up before the hooks are told. What may go on: who listens is connected to, this machine is talked to over loopback and
-over sockets that are files. Code outside Python has no hooks: of what pumice loads, nothing makes connections there.
+over sockets that are files. Code outside Python has no hooks: of what pumice loads, nothing makes connections there, as
+long as the event loop is asyncio's own (`uvicorn.Config(loop="asyncio")`) and not uvloop, which would.
 """
 
 from __future__ import annotations
