@@ -8,6 +8,8 @@ each round all of them, one after another. Parts may be run one by one: their sa
 where new ones of a part replace the old, and the page is written from all. It is bench/results-engine.md (`--output`
 names another file): medians, in brackets the least and the most.
 
+The part `drafts` asks the model that `--repeating` names, if it does: drafts pay as far as answers repeat themselves.
+
 Parts of peers: `slots` and `slots-image` need llama.cpp's llama-server in `--llama`, `bfloat16` and `float32` need
 Transformers. With `--cuda` see `engine_cuda.py`.
 """
@@ -45,11 +47,16 @@ HERE = Path(__file__).resolve().parent
 OURS, SERVER = "pumice", "llama.cpp's server"
 PARTS = {
     "decode": OURS, "slots": SERVER, "bfloat16": "Transformers bfloat16", "float32": "Transformers float32",
-    "image": OURS, "slots-image": SERVER, "form": OURS, "chunk": OURS,
+    "image": OURS, "slots-image": SERVER, "form": OURS, "drafts": OURS, "chunk": OURS,
 }  # fmt: skip
 """In the order of a round, and whose figures they are."""
 CHUNKS = (32, 64, 128, 256, 576)
 WORDS = Form.of(regex="[a-z ]{200,}")
+REPEATED = "amber, copper, glass, harbour, lantern, pebble, river, silver, stone, willow"
+ASKED_AGAIN = (
+    f"Write these words in one line, and then the same line three times more: {REPEATED}.",
+    f"Write a JSON list of these words, and then the same list three times more: {REPEATED}.",
+)
 ROWS = {
     "bare": "one row, the bare network: tokens/s",
     "engine": "one request, the engine: tokens/s",
@@ -65,6 +72,10 @@ ROWS = {
     "free": "free answers: a token, ms",
     "held": "answers held to a form: a token, ms",
     "form": "what a form adds to a token, %",
+    "plain": "answers that repeat themselves, without drafts: tokens/s",
+    "drafted": "the same with drafts: tokens/s",
+    "times drafts": "with drafts: times without",
+    "a pass": "with drafts: tokens a pass",
     **{f"chunk {size}": f"a prompt of 576 tokens in parts of {size}: tokens/s" for size in CHUNKS},
     **{f"stall {size}": f"what a row waits for a part of {size}, s" for size in CHUNKS},
 }  # fmt: skip
@@ -170,6 +181,33 @@ def form(*files: str) -> Figures:
     return found | {"form": 100 * (found["held"] / found["free"] - 1)}
 
 
+def drafts(*files: str) -> Figures:
+    """Of one file: a model by its name, which is asked to repeat itself. Random weights do so unasked."""
+    if len(files) == 1:
+        model = pumice.load(files[0])
+        prompts = [model.see(pumice.Question(each)).encoded.ids for each in ASKED_AGAIN]
+    else:
+        model = loaded(files)
+        prompts = [random_ids(model.network, CONTEXT, seed) for seed in range(2)]
+    requests = [Request(ids, [], Sampling(max_tokens=4 * TOKENS)) for ids in prompts]
+    found: dict[str, float] = {}
+    for name, limits in (("plain", Limits(drafts=0)), ("drafted", Limits())):
+        engine = Engine(model.network, limits)
+        list(engine.follow(engine.submit(requests[0])))  # from it is known what passes take
+        tokens, passes, passed = 0, 0, 0.0
+        for request in requests:
+            generation = engine.submit(request)
+            while not generation.steps:
+                engine.step()
+            read = len(generation.steps)
+            while not generation.ended:
+                passed += seconds(engine.step)
+                passes += 1
+            tokens += len(generation.steps) - read
+        found[name] = tokens / passed
+    return found | {"times drafts": found["drafted"] / found["plain"], "a pass": tokens / passes}
+
+
 def chunk(*files: str) -> Figures:
     """What reading a prompt in parts costs, and how long a part lets other rows wait."""
     model, found = loaded(files), {}
@@ -195,6 +233,9 @@ def main() -> None:
     parser.add_argument("--shape", choices=random_models.SHAPES, default="7b")
     parser.add_argument("--quant", choices=random_models.MIXES, default="q4_0")
     parser.add_argument("--parts", nargs="+", help=f"of {', '.join(PARTS)}; the default are pumice's own")
+    parser.add_argument(
+        "--repeating", help="a model by its name that the part `drafts` asks, instead of random weights"
+    )
     parser.add_argument("--llama", type=Path, help="folder of llama.cpp's programs")
     parser.add_argument("--models", type=Path, default=HERE / "models", help="where the random files are kept")
     parser.add_argument("--rounds", type=int, default=3)
@@ -234,6 +275,7 @@ def _given(models: Path, chosen: argparse.Namespace) -> dict[str, list[str]]:
     if not picture.exists():
         Image.effect_mandelbrot(PICTURES["1.6"], (-2, -1, 1, 1), 60).convert("RGB").save(picture)
     given = dict.fromkeys(PARTS, files) | {"image": [*files, str(picture)]}
+    given |= {"drafts": [chosen.repeating]} if chosen.repeating else {}
     given |= {dtype: [chosen.shape, dtype] for dtype in ("bfloat16", "float32")}
     llama = str(chosen.llama)
     return given | {"slots": [llama, files[0]], "slots-image": [llama, *files, str(picture)]}
@@ -289,7 +331,7 @@ def _cell(values: Sequence[float]) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        ours = {"decode": decode, "image": image, "again": again, "form": form, "chunk": chunk}
+        ours = {"decode": decode, "image": image, "again": again, "form": form, "drafts": drafts, "chunk": chunk}
         theirs = {"slots": slots, "slots-image": slots_image, "bfloat16": generate, "float32": generate}
         print(json.dumps({**ours, **theirs, **engine_cuda.PARTS}[sys.argv[2]](*sys.argv[3:])))
     else:

@@ -13,7 +13,9 @@ Writes bench/results-soak.md (`--output` names another file); memory is that of 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
+import gc
 import itertools
 import os
 import random
@@ -276,10 +278,12 @@ def run(soaks: Sequence[Soak], requests: int, threads: int, goes_on: Callable[[]
 
 
 class Memory:
-    """What the process takes, each second: (seconds, bytes)."""
+    """What the process takes, each second: (seconds, bytes); and what it still takes at the end, when the C library has
+    given back what it held free: each thread that computes has memory of its own that is free between passes."""
 
     def __init__(self) -> None:
         self.samples: list[tuple[float, float]] = []
+        self.kept = 0
         self._over = threading.Event()
         self._started = time.perf_counter()
         self._thread = threading.Thread(target=self._sample)
@@ -291,11 +295,16 @@ class Memory:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # the GNU C library's
+        self.kept = self._taken()
+
+    def _taken(self) -> int:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGESIZE")
 
     def _sample(self) -> None:
         while True:
-            pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-            self.samples.append((time.perf_counter() - self._started, pages * os.sysconf("SC_PAGESIZE")))
+            self.samples.append((time.perf_counter() - self._started, self._taken()))
             if self._over.wait(1.0):
                 return
 
@@ -303,7 +312,11 @@ class Memory:
         """Quarters of the time, and the slope of the last three of them: the first fills what is kept."""
         sizes = [size / 1e6 for _, size in self.samples]
         fourth = len(sizes) // 4
-        rows = {"memory, most, MB": f"{max(sizes):.0f}"}
+        rows = {
+            "memory, most, MB": f"{max(sizes):.0f}",
+            "memory before, MB": f"{sizes[0]:.0f}",
+            "memory behind the end, what is free given back, MB": f"{self.kept / 1e6:.0f}",
+        }
         if fourth < 15:
             return rows
         for number, name in enumerate(("first", "second", "third", "last")):

@@ -98,7 +98,7 @@ def test_parts_of_the_engine_s_table_are_run_one_by_one(tmp_path: Path) -> None:
     (programs / "llama-server").chmod(0o755)
     places = ("--models", tmp_path / "models", "--output", page)
     common = ("--shape", "tiny", *places, "--rounds", "1", "--llama", programs)
-    for parts in (["decode"], ["float32", "slots", "slots-image"]):
+    for parts in (["decode"], ["drafts", "--repeating", "pebble"], ["float32", "slots", "slots-image"]):
         done = run("engine.py", *common, "--parts", *parts)
         assert done.returncode == 0, done.stderr
     rows = table(page)
@@ -107,6 +107,16 @@ def test_parts_of_the_engine_s_table_are_run_one_by_one(tmp_path: Path) -> None:
         ours, server, transformers, *times = map(float, rows[f"{count} requests at once: tokens/s"])
         assert times == pytest.approx([ours / server, ours / transformers], rel=0.02, abs=0.006)
     assert rows["2 requests at once: tokens/s"][2::2] == ["", ""]
+    ratio, plain, drafted = (
+        float(rows[name][0])
+        for name in (
+            "with drafts: times without",
+            "answers that repeat themselves, without drafts: tokens/s",
+            "the same with drafts: tokens/s",
+        )
+    )
+    assert ratio == pytest.approx(drafted / plain, rel=0.02)
+    assert float(rows["with drafts: tokens a pass"][0]) >= 1
     first, second = (rows[f"{name}: first token, s"][1] for name in (
         "first question about a picture of five tiles", "second question about it",
     ))  # fmt: skip

@@ -468,15 +468,18 @@ def test_a_calibration_is_only_good_for_what_it_was_made_of() -> None:
     labelling = Labelling(["red", "blue"], ASKED, temperature=2.0)
     made = Calibration(labelling, "pebble", 4, 0.75, Fit(1.0, 0.1), Fit(0.9, 0.05))
     same = {"labels": ["blue", "red"], "prompt": ASKED, "normalise": "none", "prior": False, "temperature": 2.0}
-    assert made.under(same) == labelling
-    assert list(made.under(same).labels) == ["red", "blue"]
-    assert made.under({"abstain_below": 0.5}) == dataclasses.replace(labelling, abstain_below=0.5)
+    assert made.under(same, "pebble") == labelling
+    assert list(made.under(same, "models/pebble").labels) == ["red", "blue"]
+    for other in ("pebble:1.5", "models/llava"):
+        with pytest.raises(UserError, match=f"the model is {other}, and the calibration was made with pebble"):
+            made.under(same, other)
+    assert made.under({"abstain_below": 0.5}, "pebble") == dataclasses.replace(labelling, abstain_below=0.5)
     for name, other in (
         ("labels", ["red", "green"]), ("prompt", "Which?"), ("system", "Be brief."), ("normalise", "bytes"),
         ("prior", True), ("temperature", 1.0), ("image_tokens", 64),
     ):  # fmt: skip
         with pytest.raises(UserError, match=f"{name} is .* was made with"):
-            made.under({name: other})
+            made.under({name: other}, "pebble")
 
 
 @pytest.mark.parametrize(
@@ -606,6 +609,7 @@ def test_calibrating_and_classifying_with_it(command: Command, labelled: Path, t
     refused(
         command("classify", "pebble:1.5", image, "--calibration", saved, "--normalise", "bytes"), "normalise is 'bytes'"
     )
+    refused(command("classify", "pebble", image, "--calibration", saved), "was made with pebble:1.5")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ plain loop, token by token."""
 from __future__ import annotations
 
 import random
+import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +21,7 @@ from safetensors.torch import save_file
 import pumice
 import tiny
 from pumice import Sampling, UserError
-from pumice.engine import Engine, Generation, Limits, Request
+from pumice.engine import Engine, Generation, Limits, Request, archive
 from pumice.engine.cache import Cache, Found, image_names
 from pumice.engine.drafts import Pace
 from pumice.engine.scheduler import Part, Row, Scheduler
@@ -49,9 +51,7 @@ class Shadow:
 
     def step(self, budget: int, wanted: dict[Row, list[int]], ended: list[Row]) -> None:
         """wanted: the tokens that each row is to say, its last one ends it."""
-        rows, stuck = self.scheduler.decoding()
-        assert not stuck
-        for row in rows:
+        for row in self.scheduler.decoding():
             self.write(row, 1)
             self.say(row, wanted, ended)
         while budget > 0 and (parts := self.scheduler.reading(budget)):
@@ -460,9 +460,35 @@ def test_forced_tokens_find_room_in_new_pages(model: pumice.Model) -> None:
     assert engine.pages_held == 0
 
 
-@pytest.mark.parametrize("where", ["forward", "look"])
+def test_forced_tokens_past_the_cache_fail_their_request_alone(model: pumice.Model) -> None:
+    """Whoever runs beside it: a row that can never be admitted again would be waited for without end."""
+    form = pumice.Form.of(regex=f"[ab]{'xyz ' * 30}z[a-z]{{9}}")
+    assert form is not None
+    engine = Engine(model.network, Limits(drafts=0), positions=96)
+    goes_on = dict.fromkeys(model.config.stop_ids, -100.0)
+    beside = engine.submit(Request([20] * 10, [], Sampling(max_tokens=80, logit_bias=goes_on)))
+    engine.step()
+    long = engine.submit(Request([21] * 10, [], Sampling(max_tokens=500), model._grammar(form)))
+    for _ in range(300):
+        engine.step()
+    assert beside.ended
+    assert long.ended
+    assert len(taken(beside)) == 80
+    with pytest.raises(UserError, match="the cache has no room for more"):
+        list(engine.follow(long))
+    assert engine.pages_held == 0
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ("forward", "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        ("forward", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        ("look", "DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+    ],
+)
 def test_a_request_without_memory_fails_alone(
-    model: pumice.Model, images: list[Prepared], monkeypatch: pytest.MonkeyPatch, where: str
+    model: pumice.Model, images: list[Prepared], monkeypatch: pytest.MonkeyPatch, where: str, words: str
 ) -> None:
     engine = Engine(model.network)
     short = engine.submit(Request([5] * 4, [], Sampling(max_tokens=8)))
@@ -472,7 +498,7 @@ def test_a_request_without_memory_fails_alone(
 
     def fails(self: object, x: torch.Tensor, *others: object) -> torch.Tensor:
         if where == "look" or x.shape[1] > 4:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+            raise RuntimeError(words)
         return whole(self, x, *others)
 
     monkeypatch.setattr(type(model.network), where, fails)
@@ -527,6 +553,101 @@ def test_a_cancel_within_a_step_waits_for_its_end(model: pumice.Model, monkeypat
     assert dropped.ended
     assert len(list(engine.follow(kept))) == 6
     assert engine.pages_held == 0
+
+
+def test_nobody_waits_for_a_step_to_come_or_to_go(model: pumice.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(model.network)
+    kept, dropped = (engine.submit(Request([id] * 5, [], Sampling(max_tokens=6))) for id in (15, 16))
+    engine.step()
+    whole, inside, goes_on = type(model.network).forward, threading.Event(), threading.Event()
+
+    def forward(self: object, *inputs: object) -> torch.Tensor:
+        inside.set()
+        assert goes_on.wait(30)
+        return whole(self, *inputs)
+
+    monkeypatch.setattr(type(model.network), "forward", forward)
+    stepping = threading.Thread(target=engine.step)
+    stepping.start()
+    try:
+        assert inside.wait(30)
+        late, fleeting = (engine.submit(Request([id] * 5, [], Sampling(max_tokens=6))) for id in (17, 18))
+        engine.cancel(dropped)
+        engine.cancel(fleeting)
+        assert not dropped.ended
+    finally:
+        goes_on.set()
+    stepping.join(30)
+    monkeypatch.undo()
+    assert dropped.ended
+    assert fleeting.ended
+    for generation, id in ((kept, 15), (late, 17)):
+        assert [step.token for step in engine.follow(generation)] == plain(model, [id] * 5, [], 6)
+    assert engine.pages_held == 0
+    assert not engine._generations
+
+
+def test_many_threads_come_and_go(model: pumice.Model) -> None:
+    """While one runs the engine: nothing is lost, nothing stays."""
+    engine, over = Engine(model.network, Limits(rows=3), positions=200), threading.Event()
+    wrong: list[str] = []
+
+    def work(seed: int) -> None:
+        draw = random.Random(seed)
+        for _ in range(40):
+            generation = engine.submit(Request([draw.randint(10, 14)] * draw.randint(1, 9), [], Sampling(max_tokens=4)))
+            if draw.random() < 0.5:
+                time.sleep(draw.random() / 500)
+                engine.cancel(generation)
+            late = time.perf_counter() + 60
+            while not generation.ended and time.perf_counter() < late:
+                time.sleep(0.0005)
+            if not generation.ended:
+                wrong.append("a request never ended")
+
+    def run() -> None:
+        while not over.is_set():
+            if not engine.step():
+                time.sleep(0.0005)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    running = threading.Thread(target=run)
+    for each in (running, *threads):
+        each.start()
+    for each in threads:
+        each.join()
+    over.set()
+    running.join()
+    assert wrong == []
+    assert (engine.pages_held, len(engine._generations), engine.step()) == (0, 0, False)
+
+
+def test_another_engine_while_questions_are_under_way(model: pumice.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`limit` in the middle: what was begun goes on where it began."""
+    questions = [pumice.Question(f"Say {word}.", sampling=Sampling(max_tokens=5)) for word in ("this", "that")]
+    expected = [each.tokens for each in model.ask_all(questions)]
+    begun = pumice.answer.Answering.take
+
+    def take(self: pumice.answer.Answering) -> str:
+        model.limit(Limits())
+        return begun(self)
+
+    monkeypatch.setattr(pumice.answer.Answering, "take", take)
+    found: list[list[tuple[int, ...]]] = []
+    asking = threading.Thread(
+        target=lambda: found.append([each.tokens for each in model.ask_all(questions)]), daemon=True
+    )
+    asking.start()
+    asking.join(30)
+    assert found == [expected]
+
+
+def test_features_without_memory_say_so(
+    model: pumice.Model, images: list[Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(model.network), "look", lambda *_: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(UserError, match="not enough memory"):
+        Engine(model.network).features(images[:1])
 
 
 @pytest.mark.parametrize("wrong", [{"rows": 0}, {"chunk": -1}, {"tiles": 1.5}, {"cache_bytes": True}, {"rows": 2**63}])
@@ -609,6 +730,56 @@ def test_another_model_finds_nothing(model: pumice.Model, large: Prepared, tmp_p
     answer, cached = asked(other, limits, large, [15, 16])
     assert cached == 0
     assert answer == plain(other, prompt_ids(other, [large], [15, 16]), [large], 4)
+
+
+@pytest.mark.usefixtures("small_pages")
+@pytest.mark.parametrize("name", ["language_model.layers.1.mlp.up_proj.weight", "language_model.norm.weight"])
+def test_one_other_weight_is_another_model(model: pumice.Model, large: Prepared, tmp_path: Path, name: str) -> None:
+    """As of two fine-tunes of one model: any number counts, also the last."""
+    limits = Limits(cache_dir=tmp_path)
+    asked(model, limits, large, [15, 16])
+    weight = model.network.get_parameter(name)
+    known = archive.model_digest(model.network)
+    for place in (0, 77, weight.numel() // 2 + 1, weight.numel() - 1):
+        before = weight.view(-1)[place % weight.numel()].clone()
+        weight.view(-1)[place % weight.numel()] = torch.nextafter(before, before + 1)
+        try:
+            assert archive.model_digest(model.network) != known
+            assert asked(model, limits, large, [15, 16])[1] == 0
+        finally:
+            weight.view(-1)[place % weight.numel()] = before
+    assert archive.model_digest(model.network) == known
+    assert asked(model, limits, large, [15, 16])[1] > 0
+
+
+def test_a_digest_is_of_the_bytes_wherever_they_lie() -> None:
+    numbers = torch.randn(3, 70_001)
+    for dtype in (torch.float32, torch.bfloat16, torch.uint8):
+        values = numbers.to(dtype)
+        room = torch.zeros(values.nbytes + 9, dtype=torch.uint8)
+        if dtype == torch.uint8:
+            room[3 : 3 + values.nbytes] = values.flatten()
+            moved = room[3 : 3 + values.nbytes].view(values.shape)
+            assert archive._told(moved) == archive._told(values)
+        assert archive._told(values.clone()) == archive._told(values)
+        assert archive._told(values[:, :-1]) != archive._told(values)
+        assert archive._told(values.flip(1)) != archive._told(values)
+    assert archive._told(torch.empty(0)) == b""
+
+
+@pytest.mark.usefixtures("small_pages")
+def test_pages_that_could_not_be_read_back_are_given_back(
+    model: pumice.Model, large: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = Limits(cache_dir=tmp_path)
+    asked(model, limits, large, [15, 16])
+    engine = Engine(model.network, limits)
+    engine.submit(Request(prompt_ids(model, [large], [15, 16]), [large], Sampling(max_tokens=4)))
+    monkeypatch.setattr(Cache, "keep", lambda *_: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        engine.step()
+    monkeypatch.undo()
+    assert engine.pages_held == 0
 
 
 @pytest.mark.usefixtures("small_pages")

@@ -24,6 +24,7 @@ from pumice.cli import main
 from pumice.cli.llava_cli import STOPS, question, unescaped
 from pumice.cli.llava_flags import HONOURED, INERT, REFUSED, Given, read_flags
 from pumice.errors import UserError
+from pumice.model import load_from
 from test_cli import Done, refused
 from test_equality import Pair, picture
 from test_gguf import pair
@@ -291,7 +292,6 @@ def test_where_flags_go(models: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch)
     """-ngl is the layers on the GPU, -t the threads; what cannot be had is said."""
     path = models / "1.5" / "lm.gguf"
     layers: list[object] = []
-    load_from = pumice.model.load_from
 
     def noted(source: object, *, gpu_layers: int | None) -> object:
         layers.append(gpu_layers)

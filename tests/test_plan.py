@@ -137,6 +137,10 @@ def test_a_gpu_holds_everything_itself(builds: dict[str, Path]) -> None:
     blocks = sum(checkpoint.tensors.stored(name).nbytes for name in names)
     others = sum(math.prod(checkpoint.tensors.shape(name)) for name in checkpoint.tensors.names() if name not in names)
     assert found.weights == Share(own=blocks + 2 * others)
+    # A matrix that many inputs meet is unpacked as a whole, into what is computed with.
+    largest = max(math.prod(checkpoint.tensors.shape(name)) for name in names)
+    assert found.widest == 2 * largest
+    assert of(builds["Q4_0"], torch.float32, CUDA).widest == 4 * largest
 
 
 @pytest.mark.parametrize("quant", ["Q8_0", "Q4_K_M", "Q2_K", "F16"])

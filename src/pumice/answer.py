@@ -84,6 +84,10 @@ class Answering:
         if self._generation is None:
             self._generation = self._engine.submit(self.request)
 
+    def work(self) -> None:
+        """A step of its engine, which serves all that it has."""
+        self._engine.step()
+
     def cancel(self) -> None:
         if self._generation is not None:
             self._engine.cancel(self._generation)
@@ -109,7 +113,7 @@ class Answering:
                 if piece:
                     yield piece
                 else:
-                    self._engine.step()
+                    self.work()
         finally:
             self.cancel()
 

@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from pumice import checkpoints, ops, prompt, store
+from pumice import checkpoints, embedding, ops, prompt, store
 from pumice.answer import Answer, Answering
 from pumice.classification import Classification, Labelling, Labels, classified
 from pumice.config import LlavaConfig
 from pumice.conversation import Chat, Stream
+from pumice.embedding import Embeddings
 from pumice.engine import Engine, Limits, Request, Sampling
 from pumice.engine.form import Form
 from pumice.errors import UserError, nearest
-from pumice.image import Prepared, prepare
+from pumice.image import ImageLike, Prepared, prepare
 from pumice.network.layers import Embedding, Linear, put_matrix
 from pumice.network.llava import Llava
 from pumice.network.placement import Placement
@@ -145,7 +146,7 @@ class Model(Prompter):
         """The answer of the first, while the others go on."""
         try:
             while not under_way[0].ended:
-                self.engine.step()
+                under_way[0].work()
                 for opened in under_way:
                     opened.take()
         except UserError as error:
@@ -170,8 +171,8 @@ class Model(Prompter):
                 f"the prompt holds {given} image tokens, the {len(seen)} images have {expected}",
                 hint="repeat the image token once for each token of each image, as `see` does",
             )
-        generation = self.engine.submit(Request(ids, seen, sampling))
-        return [step.token for step in self.engine.follow(generation)]
+        engine = self.engine  # `limit` may give the model another
+        return [step.token for step in engine.follow(engine.submit(Request(ids, seen, sampling)))]
 
     @property
     def engine(self) -> Engine:
@@ -235,6 +236,24 @@ class Model(Prompter):
             Request([*seen.encoded.ids, *ids[:-1]], seen.images, Sampling(), targets=tuple(ids))
             for ids in self.written(question, seen, continuations)
         )
+
+    def embed(self, texts: Sequence[str], *, truncate: bool = False, normalise: bool = True) -> Embeddings:
+        """A vector for each text: the mean of the language model's hidden states behind its final norm, over all of the
+        text's tokens, BOS among them where the tokenizer puts one in front. llama.cpp's mean pooling gives the same.
+
+        truncate: of a text that is longer than the model's context only the beginning counts. normalise: to length 1.
+        Other threads may ask meanwhile. Raises UserError for what is no text, or too long.
+        """
+        return embedding.of_texts(self, texts, truncate=truncate, normalise=normalise)
+
+    def embed_images(self, images: Sequence[ImageLike], *, normalise: bool = True) -> Embeddings:
+        """A vector for each image: the mean of its features as the language model gets them, behind the projector, the
+        vectors at the ends of rows among them (LLaVA 1.6). It is not CLIP's own embedding, whose last layer, norm and
+        projection no LLaVA has, and is not comparable with `embed`'s of a text.
+
+        normalise: to length 1. Raises UserError for what is no image, and for a text model.
+        """
+        return embedding.of_images(self, images, normalise=normalise)
 
     def features(self, images: Sequence[Prepared]) -> list[torch.Tensor]:
         """What the language model gets of each image: (tokens, width), row ends included."""

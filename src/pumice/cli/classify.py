@@ -101,7 +101,8 @@ def classify(
             "abstain_below": abstain_below,
             "image_tokens": image_tokens,
         }
-        labelling = _labelling({name: value for name, value in choices.items() if value is not None}, calibration)
+        given = {name: value for name, value in choices.items() if value is not None}
+        labelling = _labelling(given, calibration, model)
         loaded = load_from(options.source(model, template, preprocess, beside), dtype=dtype, device=device)
     if calibrate is not None and save is not None:
         from pumice.tasks.calibration import calibrate as calibrated
@@ -130,12 +131,12 @@ def _check_mode(images: list[str], calibration: Path | None, calibrate: Path | N
         raise UserError("there is no image", hint="name one: pumice classify MODEL photo.jpg --labels cat,dog")
 
 
-def _labelling(given: Mapping[str, Any], calibration: Path | None) -> Labelling:
+def _labelling(given: Mapping[str, Any], calibration: Path | None, model: str) -> Labelling:
     from pumice.classification import Labelling
     from pumice.tasks.calibration import Calibration
 
     if calibration is not None:
-        return Calibration.load(calibration).under(given)
+        return Calibration.load(calibration).under(given, model)
     if "labels" not in given:
         raise UserError("there are no labels", hint="give --labels cat,dog, or --labels-file, or --calibration")
     return Labelling(**given)

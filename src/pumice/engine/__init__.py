@@ -5,6 +5,7 @@ X positions whose scores are wanted · D width · V vocabulary
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import threading
@@ -20,10 +21,10 @@ from pumice.engine.cache import Cache
 from pumice.engine.disk import Disk
 from pumice.engine.drafts import Pace
 from pumice.engine.eyes import Eyes
-from pumice.engine.generation import Generation, Reason, Request, Step
+from pumice.engine.generation import Generation, Request, Step
 from pumice.engine.limits import Limits
-from pumice.engine.passes import Passes, Stretch, cache_type, position_bytes
-from pumice.engine.sampling import Drawn, Sampling, draw_all, log_likelihoods, no_numbers
+from pumice.engine.passes import Passes, Stretch, cache_type, out_of_memory, position_bytes
+from pumice.engine.sampling import Drawn, Sampling, draw_all, no_numbers
 from pumice.engine.scheduler import Part, Row, Scheduler
 from pumice.errors import UserError
 from pumice.image import Prepared
@@ -78,56 +79,66 @@ class Engine:
         self._looks_ahead = self._device.type == "cuda"
         """Elsewhere several tiles at a time take as long as one after the other."""
         self._generations: dict[Row, Generation] = {}
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._released = threading.Condition(self._lock)
-        self._stepping = False
-        self._unwanted: list[Generation] = []
-        """Cancelled while a step ran, as when a stream is dropped by the garbage collection."""
+        self._arrived: deque[Generation] = deque()
+        self._unwanted: deque[Generation] = deque()
+        """Submitted and cancelled since rows were changed last: neither waits for the step that runs."""
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> Generation:
-        """The request waits for its turn. Raises UserError for a prompt that the cache has no room for, and settings
-        that name tokens which the model does not have."""
+        """The request waits for its turn, and the caller for nothing. Raises UserError for a prompt that the cache has
+        no room for, and settings that name tokens which the model does not have."""
         request.sampling.check_vocabulary(self._network.config.text.vocab)
-        if not self._scheduler.fits(len(request.ids) + 1):
+        if not self._scheduler.fits(len(request.ids) + request.draws):
             raise UserError(
                 f"the prompt is {len(request.ids)} tokens long; the cache has room for {self._scheduler.positions}",
                 hint="send fewer or smaller images, fewer turns or less text, or give the engine more memory",
             )
         root = self._root(len(request.ids))
         generation = Generation.of(request, self._network.config.image_token_id, root)
-        with self._lock:
-            self._generations[generation.row] = generation
-            self._scheduler.add(generation.row)
+        self._arrived.append(generation)
         return generation
 
     def likelihoods(self, requests: Iterable[Request]) -> list[list[float]]:
         """The log-probabilities of the targets of each request. Raises what a request failed with."""
-        coming, found = iter(requests), []
+        return [[each.told[place] for place in sorted(each.told)] for each in self._followed(requests)]
+
+    def means(self, requests: Iterable[Request]) -> list[Tensor]:
+        """The mean hidden states of pooled requests. Raises what a request failed with."""
+        return [each.mean for each in self._followed(requests)]
+
+    def _followed(self, requests: Iterable[Request]) -> Iterator[Generation]:
+        """The requests in their order, each when it has ended; as many as run at a time are under way."""
+        coming = iter(requests)
         under_way = deque(map(self.submit, itertools.islice(coming, self._limits.rows)))
         try:
             while under_way:
                 for _ in self.follow(under_way[0]):
                     pass
-                told = under_way.popleft().told
-                found.append([told[place] for place in sorted(told)])
+                yield under_way.popleft()
                 under_way.extend(map(self.submit, itertools.islice(coming, 1)))
         finally:
             for each in under_way:
                 self.cancel(each)
-        return found
 
     @torch.inference_mode()
     def features(self, images: Sequence[Prepared]) -> list[Tensor]:
-        """What the language model gets of each image: (tokens, D), row ends included."""
-        with self._lock:
-            found = []
-            for image in images:
-                while (features_XD := self._eyes.features(image)) is None:
-                    self._eyes.look([image], self._limits.tiles_of(decoding=False))
-                found.append(features_XD)
-            return found
+        """What the language model gets of each image: (tokens, D), row ends included. Between passes others may have
+        their step. Raises UserError where memory lacks."""
+        found: list[Tensor] = []
+        while len(found) < len(images):
+            next_ = images[len(found) :] if self._looks_ahead else images[len(found) : len(found) + 1]
+            with self._alone():
+                if self._eyes.features(next_[0]) is None:
+                    try:
+                        self._eyes.look(next_, self._limits.tiles_of(decoding=False))
+                    except (MemoryError, RuntimeError) as error:
+                        raise out_of_memory(error) from error
+                if (features_XD := self._eyes.features(next_[0])) is not None:
+                    found.append(features_XD)
+        return found
 
     def wait(self) -> None:
         """Until what goes to the disk is there."""
@@ -135,11 +146,39 @@ class Engine:
             self._archive.wait()
 
     def cancel(self, generation: Generation) -> None:
-        """No more tokens for this request; its pages are free at once, or when the step ends that runs now."""
-        with self._lock:
-            if self._stepping:
-                self._unwanted.append(generation)
-            elif not generation.ended:
+        """No more tokens for this request; its pages are free at once, or when the step ends that runs now, for which
+        the caller does not wait."""
+        self._unwanted.append(generation)
+        self._end_unwanted()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Rows, pages and images are changed by one thread at a time."""
+        try:
+            with self._lock:
+                yield
+        finally:
+            self._end_unwanted()
+
+    def _end_unwanted(self) -> None:
+        """Unless somebody is at work, who then comes here afterwards. That may be this thread: the garbage collection
+        drops streams in the middle of a step."""
+        while self._unwanted and self._lock.acquire(blocking=False):
+            try:
+                self._settle()
+            finally:
+                self._lock.release()
+
+    def _settle(self) -> None:
+        """What came since rows were changed last."""
+        # Cancelled first: of a request that came and went meanwhile, the arrival is then seen too.
+        unwanted = [self._unwanted.popleft() for _ in range(len(self._unwanted))]
+        while self._arrived:
+            generation = self._arrived.popleft()
+            self._generations[generation.row] = generation
+            self._scheduler.add(generation.row)
+        for generation in unwanted:
+            if not generation.ended:
                 self._end(generation)
 
     def follow(self, generation: Generation) -> Iterator[Step]:
@@ -149,11 +188,10 @@ class Engine:
         """
         try:
             while True:
-                with self._lock:
-                    if not generation.steps and not generation.ended:
-                        self.step()
-                    steps = [generation.steps.popleft() for _ in range(len(generation.steps))]
-                yield from steps
+                if not generation.ended and not generation.steps:
+                    self.step()
+                while generation.steps:
+                    yield generation.steps.popleft()
                 if generation.ended and not generation.steps:
                     if generation.error is not None:
                         raise generation.error
@@ -176,28 +214,20 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> bool:
         """One more token for every row that has one, and the next part of a prompt. False: there is nothing to do."""
-        with self._lock:
+        with self._alone():
+            self._settle()
             if self._scheduler.idle:
                 return False
-            self._stepping = True
             try:
                 decoding = self._decode()
                 if not self._read(decoding) and not decoding:
                     self._released.wait(MOST_WAIT_S)  # for pages that go to the disk
             finally:
-                self._stepping = False
                 self._scheduler.repair()
-                while self._unwanted:
-                    self.cancel(self._unwanted.pop())
             return True
 
     def _decode(self) -> bool:
-        rows, stuck = self._scheduler.decoding()
-        for row in stuck:
-            self._fail(self._generations[row], UserError(
-                f"with its prompt the answer is {len(row.names)} tokens long, and the cache has no room for more",
-                hint="ask for a shorter answer, or give the engine more memory",
-            ))  # fmt: skip
+        rows = self._scheduler.decoding()
         if not rows:
             return False
         started = time.perf_counter()
@@ -205,7 +235,7 @@ class Engine:
         try:
             logits_XV = self._passes.run(stretches)
         except (MemoryError, RuntimeError) as error:
-            self._fail(stretches[-1].generation, _out_of_memory(error))
+            self._fail(stretches[-1].generation, out_of_memory(error))
             return True
         for row in rows:
             self._scheduler.advance(row, 1)
@@ -263,7 +293,7 @@ class Engine:
             try:
                 self._eyes.look([*images, *self._ahead()], self._limits.tiles_of(decoding))
             except (MemoryError, RuntimeError) as error:
-                self._fail(looking[-1][0], _out_of_memory(error))
+                self._fail(looking[-1][0], out_of_memory(error))
                 return []
             for generation, unseen in looking:
                 generation.encode_s += time.perf_counter() - started
@@ -285,7 +315,7 @@ class Engine:
         try:
             logits_XV = self._passes.run(stretches)
         except (MemoryError, RuntimeError) as error:
-            self._fail(stretches[-1].generation, _out_of_memory(error))
+            self._fail(stretches[-1].generation, out_of_memory(error))
             return
         for part in parts:
             self._scheduler.advance(part.row, part.count)
@@ -302,8 +332,8 @@ class Engine:
     def _take(self, stretches: Sequence[Stretch], logits_XV: Tensor, started: float) -> None:
         """The next token of each row, and those of its draft that come next as well; or how likely its targets are. A
         row whose token cannot be drawn fails alone."""
-        scored = list(zip(stretches, torch.split(logits_XV, [each.kept for each in stretches])))
-        drawing = [(each, logits_KV) for each, logits_KV in scored if each.kept and not each.generation.request.targets]
+        scored = list(zip(stretches, torch.split(logits_XV, [each.scored for each in stretches])))
+        drawing = [(each, logits_KV) for each, logits_KV in scored if each.scored and each.generation.request.draws]
         if drawing:
             one_each = len(drawing) == len(logits_XV)
             logits_BV = logits_XV if one_each else torch.stack([logits_KV[0] for _, logits_KV in drawing])
@@ -313,8 +343,11 @@ class Engine:
                 self._push(stretch.generation, token, seconds)
                 self._try(stretch, logits_KV)
         for stretch, logits_KV in scored:
-            if stretch.kept and stretch.generation.request.targets:
-                self._tell(stretch.generation, logits_KV)
+            generation = stretch.generation
+            if stretch.scored and generation.request.targets:
+                self._tell(generation, logits_KV)
+            if generation.request.pooled and generation.row.left == 0:
+                self._end(generation)
 
     def _try(self, stretch: Stretch, logits_KV: Tensor) -> None:
         """As long as the row's next name is that of the draft, the network has read it: the scores behind it count."""
@@ -330,12 +363,7 @@ class Engine:
 
     def _tell(self, generation: Generation, logits_KV: Tensor) -> None:
         """How likely the targets are that stand behind the positions just read."""
-        targets = generation.request.targets
-        end = len(targets) - generation.row.left
-        first = end - len(logits_KV)
-        told = log_likelihoods(logits_KV, targets[first:end])
-        generation.told.update(enumerate(told, first))
-        if not all(map(math.isfinite, told)):
+        if not all(map(math.isfinite, generation.tell(logits_KV))):
             self._fail(generation, no_numbers())
         elif generation.row.left == 0:
             self._end(generation)
@@ -363,18 +391,17 @@ class Engine:
 
     def _add(self, generation: Generation, drawn: Drawn, seconds: float) -> None:
         """A new token of the request, which may be its last."""
-        row, sampling, config = generation.row, generation.request.sampling, self._network.config
-        prefill = row.new == 0
+        row, prefill = generation.row, generation.row.new == 0
         row.push(drawn.token)
-        reason: Reason | None = None
-        done = generation.guide is not None and generation.guide.ended
-        if done or drawn.token in config.stop_ids or drawn.token in sampling.stop_ids:
-            reason = "stop"
-        elif row.new >= sampling.max_tokens or len(row.names) > config.text.max_positions:
-            reason = "length"
+        reason = generation.reason(self._network.config)
         generation.steps.append(Step(drawn.token, reason, seconds, prefill, drawn.logprob, drawn.top))
         if reason is not None:
             self._end(generation)
+        elif not self._scheduler.fits(len(row.names)):
+            self._fail(generation, UserError(
+                f"with its prompt the answer is {len(row.names)} tokens long, and the cache has no room for more",
+                hint="ask for a shorter answer, or give the engine more memory",
+            ))  # fmt: skip
 
     # --- the disk -----------------------------------------------------------------------------------------------------
 
@@ -383,11 +410,7 @@ class Engine:
         row = self._scheduler.next
         if self._archive is None or row is None or row.cached is not None or not self._scheduler.has_room(row):
             return
-        generation = self._generations[row]
-        while generation.image_ends:
-            end = generation.image_ends.pop() // PAGE * PAGE
-            if self._archive.recall(row.names[:end], row.root):
-                generation.image_ends.clear()
+        self._archive.recall_longest(row.names, self._generations[row].image_ends, row.root)
 
     def _write(self, generation: Generation) -> None:
         """Pages up to the last image go to the disk."""
@@ -399,7 +422,7 @@ class Engine:
         cache.hold(pages)
 
         def done() -> None:
-            with self._lock:
+            with self._alone():
                 cache.release(pages)
                 self._released.notify_all()
 
@@ -425,13 +448,3 @@ class Engine:
         """The key that a row of this length begins with."""
         switch = self._network.config.text.rotary.switch
         return self._long if switch is not None and length > switch else self._short
-
-
-def _out_of_memory(error: Exception) -> UserError:
-    """What to say of a pass for which there was no memory. Another error is a bug, and is raised."""
-    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-        raise error
-    return UserError(
-        "there is not enough memory left for this request",
-        hint="send fewer or smaller images or less text, or give the engine less: pumice.Limits(cache_bytes=...)",
-    )

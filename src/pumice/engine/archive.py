@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pumice.checkpoints.safetensors_writer import Weight
@@ -19,26 +20,36 @@ from pumice.image import Prepared
 from pumice.network.llava import Llava
 from pumice.quant import QTensor
 
-SAMPLES = 64
-"""So many rows of each tensor tell one model's weights from another's."""
+STRETCH = 4096
+"""Numbers of 64 bits that become one."""
+AT_ONCE = 2**20
+"""Numbers that are looked at together: more do not stay in a processor's caches."""
 
 
 def model_digest(network: Llava, *others: object) -> str:
-    """Of the config, of a sample of each tensor, and of what else keys and values depend on. Weights that differ in
-    single rows alone may be taken for the same."""
+    """Of the config, of all weights, and of what else keys and values depend on."""
     digest = hashlib.blake2b(repr((network.config, *others)).encode(), digest_size=16)
     for name, module in sorted(network.named_modules()):
         for field in ("weight", "bias", "image_newline"):
             values = vars(module).get(field, module._parameters.get(field))
             if isinstance(values, QTensor | Tensor):
-                digest.update(f"{name}.{field} {tuple(values.shape)}".encode() + _sample(values))
+                digest.update(f"{name}.{field} {tuple(values.shape)}".encode() + _told(values))
     return digest.hexdigest()
 
 
-def _sample(values: Tensor | QTensor) -> bytes:
-    rows = values.data_RB if isinstance(values, QTensor) else values.detach().reshape(len(values), -1)
-    chosen = rows[:: max(1, len(rows) // SAMPLES)].to("cpu").contiguous()
-    return bytes(chosen.flatten().view(torch.uint8).numpy().data)
+def _told(values: Tensor | QTensor) -> bytes:
+    """Of each stretch of the bytes one number, the sum of its products with fixed odd ones modulo 2^64, made fast.
+    Weights that differ by accident have other sums (a universal hash: Carter and Wegman 1979); it is no seal."""
+    data = values.data_RB if isinstance(values, QTensor) else values.detach()
+    flat_X = data.contiguous().flatten().view(torch.uint8)
+    factors_S = torch.randint(-(2**62), 2**62, (STRETCH,), generator=torch.Generator().manual_seed(0)).to(data.device)
+    sums = []
+    for start in range(0, len(flat_X), 8 * AT_ONCE):
+        part_X = flat_X[start : start + 8 * AT_ONCE]
+        padded_X = F.pad(part_X, (0, -len(part_X) % (8 * STRETCH))) if len(part_X) % (8 * STRETCH) else part_X
+        aligned_X = padded_X if padded_X.storage_offset() % 8 == 0 else padded_X.clone()
+        sums.append((aligned_X.view(torch.int64).view(-1, STRETCH) * (2 * factors_S + 1)).sum(1))
+    return bytes(torch.cat(sums).cpu().numpy().data) if sums else b""
 
 
 class Archive:
@@ -49,6 +60,13 @@ class Archive:
         self._disk, self._model, self._cache = disk, model, cache
         self._layers = {f"{what}.{layer}": each for what, all in (("keys", keys), ("values", values))
                         for layer, each in enumerate(all)}  # fmt: skip
+
+    def recall_longest(self, names: Sequence[int], ends: list[int], root: bytes) -> None:
+        """The pages of a row's beginning come back, as long as they are there: it may end at each of these positions,
+        which rise, and are asked for once."""
+        while ends:
+            if self.recall(names[: ends.pop() // self._cache.size * self._cache.size], root):
+                ends.clear()
 
     def recall(self, names: Sequence[int], root: bytes) -> bool:
         """The pages of a row's beginning come back, if they were written and there is room. Whether they can be found
@@ -63,11 +81,13 @@ class Archive:
         if found is None or {name: tuple(each.shape) for name, each in found.items()} != shapes:
             return False
         pages = [self._cache.take() for _ in keys]
-        for name, layer in self._layers.items():
-            layer[pages] = found[name].to(layer.device)
-        for at, (page, parent) in enumerate(zip(pages, [root, *keys])):
-            self._cache.keep(page, parent, names[at * self._cache.size : (at + 1) * self._cache.size])
-        self._cache.release(pages)
+        try:
+            for name, layer in self._layers.items():
+                layer[pages] = found[name].to(layer.device)
+            for at, (page, parent) in enumerate(zip(pages, [root, *keys])):
+                self._cache.keep(page, parent, names[at * self._cache.size : (at + 1) * self._cache.size])
+        finally:
+            self._cache.release(pages)
         return True
 
     def write(self, keys: Sequence[bytes], pages: Sequence[int], done: Callable[[], None]) -> None:

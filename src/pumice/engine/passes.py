@@ -16,15 +16,19 @@ from torch import Tensor
 from pumice import ops
 from pumice.engine.generation import Generation
 from pumice.engine.graphs import Graphs
+from pumice.errors import UserError
 from pumice.network.llama import Batch
 from pumice.network.llava import Llava
 from pumice.ops import Pages
+
+NO_MEMORY = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory")
+"""How PyTorch says it on a CPU, on Windows, of cuBLAS's own memory, and on a Mac's GPU, without a class for it."""
 
 
 @dataclass(frozen=True)
 class Stretch:
     """The next `count` positions of a request, those of `draft` behind its names included. kept: of so many of the last
-    the scores are wanted."""
+    the hidden states are wanted, and the scores, unless the request is `pooled`."""
 
     generation: Generation
     count: int
@@ -38,6 +42,11 @@ class Stretch:
     @property
     def end(self) -> int:
         return self.start + self.count
+
+    @property
+    def scored(self) -> int:
+        """Of so many of the last positions the scores are wanted."""
+        return 0 if self.generation.request.pooled else self.kept
 
     @property
     def new(self) -> list[int]:
@@ -73,11 +82,24 @@ class Passes:
             layer[to] = layer[page]
 
     def run(self, stretches: Sequence[Stretch]) -> Tensor:
-        """The scores that are wanted, (X, V), one stretch after the other.
+        """The scores that are wanted, (X, V), one stretch after the other. Pooled requests have their states then.
 
         Keys and values of all positions are in pages then. One stretch passes as a row; of several each position is a
         row of its own, which sees what stands in the pages of its request up to itself, so that no length is filled up.
         """
+        hidden_XD = self._hidden(stretches)
+        if any(each.scored < each.kept for each in stretches):
+            states = list(zip(stretches, torch.split(hidden_XD, [each.kept for each in stretches])))
+            for each, hidden_TD in states:
+                if each.generation.request.pooled:
+                    each.generation.add_states(each.start, hidden_TD)
+            hidden_XD = torch.cat([hidden_TD[: each.scored] for each, hidden_TD in states])
+        if len(hidden_XD) == 0:
+            return hidden_XD
+        return self._in_rows(lambda at_R: self._network.logits(hidden_XD[at_R]), len(hidden_XD))
+
+    def _hidden(self, stretches: Sequence[Stretch]) -> Tensor:
+        """The hidden states behind the final norm that are wanted, (X, D)."""
         x_1MD = self._embedded(stretches)
         places = [place for each in stretches for place in range(each.start, each.end)]
         positions_1M = torch.tensor([places], device=self._device)
@@ -86,7 +108,7 @@ class Passes:
         pages = Pages(self.keys, self.values, self._table([each.generation.row.pages for each in stretches]))
         if len(stretches) == 1 and self._rows is None:
             batch = Batch(positions_1M, pages=pages, kept=stretches[0].kept, reach_B=reach_B)
-            return self._network.logits(self._forward(x_1MD, batch)[0])
+            return self._forward(x_1MD, batch)[0]
         counts = torch.tensor([each.count for each in stretches], device=self._device)
         table_MP, reach_M = pages.table_RP.repeat_interleave(counts, 0), reach_B.repeat_interleave(counts)
 
@@ -98,11 +120,11 @@ class Passes:
         hidden_MD = self._in_rows(read, len(places))
         ends = counts.cumsum(0).tolist()
         wanted = [place for each, end in zip(stretches, ends) for place in range(end - each.kept, end)]
-        hidden_XD = hidden_MD if len(wanted) == len(hidden_MD) else hidden_MD[wanted]
-        return self._in_rows(lambda at_R: self._network.logits(hidden_XD[at_R]), len(wanted)) if wanted else hidden_XD
+        return hidden_MD if len(wanted) == len(hidden_MD) else hidden_MD[wanted]
 
     def _in_rows(self, values: Callable[[Tensor], Tensor], count: int) -> Tensor:
-        """The values at places 0 to count; the last few are filled up with the last, which is then computed again."""
+        """The values at places 0 to count, one at least; the last few are filled up with the last, which is then
+        computed again."""
         step = self._rows or count
         parts = [torch.arange(at, at + step, device=self._device) for at in range(0, count, step)]
         return torch.cat([values(part.clamp(max=count - 1)) for part in parts])[:count]
@@ -127,6 +149,17 @@ class Passes:
         most = max(len(pages) for pages in rows)
         filled = [[*pages, *itertools.repeat(pages[-1], most - len(pages))] for pages in rows]
         return torch.tensor(filled, device=self._device)
+
+
+def out_of_memory(error: Exception) -> UserError:
+    """What to say of a pass for which there was no memory. Another error is a bug, and is raised."""
+    said = any(words in str(error) for words in NO_MEMORY)
+    if not said and not isinstance(error, MemoryError | torch.OutOfMemoryError):
+        raise error
+    return UserError(
+        "there is not enough memory left for this request",
+        hint="send fewer or smaller images or less text, or give the engine less: pumice.Limits(cache_bytes=...)",
+    )
 
 
 def position_bytes(network: Llava) -> int:

@@ -122,21 +122,18 @@ class Scheduler:
         else:
             self._waiting.remove(row)
 
-    def decoding(self) -> tuple[list[Row], list[Row]]:
-        """Rows that gain a token by one more position, and those for which there is no page, though no other row could
-        give one: these still run. Every row that has pages has enough of them now."""
-        stuck = []
+    def decoding(self) -> list[Row]:
+        """Rows that gain a token by one more position. Each row `fits`; every one that has pages has enough of them
+        now."""
         for row in [each for each in self._running if each.pages]:
-            while row in self._running and row not in stuck and not self._has_pages(row):
+            while row in self._running and not self._has_pages(row):
                 if self.cache.available:
                     row.pages.append(self.cache.take())
                 elif len(self._running) > 1:
                     self._preempt()
-                elif self.cache.held == len(row.pages):
-                    stuck.append(row)
                 else:
-                    return [], []  # what else holds pages gives them back
-        return [each for each in self._running if not each.reads and each not in stuck], stuck
+                    return []  # what else holds pages gives them back
+        return [each for each in self._running if not each.reads]
 
     def reading(self, most: int) -> list[Part]:
         """What is read in the next pass, `most` positions at most: a part of the row that reads or of the next that can

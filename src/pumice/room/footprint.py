@@ -100,7 +100,11 @@ def footprint(
     eight_bits = in_blocks and dtype is None and on_cpu
     rules = _Rules(chosen, on_cpu, config.vision.blocks_needed if eight_bits and config.vision else None)
     lies = {name: rules.share(tensors, name) for name in tensors.names() if place is None or place.of(name) == device}
-    widens = in_blocks if not on_cpu else chosen in (torch.bfloat16, torch.float16)
+    # On a CPU to float32 what is in 16 bits, on a GPU to the type that is computed with what is in blocks.
+    if on_cpu:
+        widened = 4 if chosen in (torch.bfloat16, torch.float16) else 0
+    else:
+        widened = chosen.itemsize if in_blocks else 0
     return Footprint(
         config,
         sum((each for name, each in lies.items() if not name.startswith(EYES)), Share()),
@@ -109,7 +113,7 @@ def footprint(
         position_bytes(tensors, config, dtype) // text.layers * sum(size > 0 for size in layers),
         chosen,
         in_blocks,
-        _widest(text, head=not on_cpu) * 4 if widens else 0,
+        _widest(text, head=not on_cpu) * widened,
     )
 
 

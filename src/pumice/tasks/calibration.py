@@ -63,7 +63,7 @@ class Calibration:
 
     labelling: Labelling
     model: str
-    """The name of the model; a temperature is only good for the one that it was fitted with."""
+    """The name of the model that it was fitted with, and is good for."""
     pictures: int
     accuracy: float
     """Share of the pictures whose likeliest label is the true one. No temperature changes it."""
@@ -92,9 +92,15 @@ class Calibration:
         except (ValueError, RecursionError) as problem:
             raise UserError(f"{path} is no calibration: {problem}", hint=f"make one: {MADE_BY}") from problem
 
-    def under(self, given: Mapping[str, Any]) -> Labelling:
-        """The labelling, of which some choices are also given here. Only `abstain_below` may be another. Raises
-        UserError for any other that is: the temperature would not be good for it."""
+    def under(self, given: Mapping[str, Any], model: str) -> Labelling:
+        """The labelling, for the model of that name, of which some choices are also given here. Only `abstain_below`
+        may be another. Raises UserError for any other that is, and for another model: the temperature would not be good
+        for it. Of paths the last names are compared, for a file may lie elsewhere."""
+        if Path(model).name != Path(self.model).name:
+            raise UserError(
+                f"the model is {model}, and the calibration was made with {self.model}",
+                hint=f"ask that one, or calibrate anew: {MADE_BY}",
+            )
         chosen = dataclasses.replace(self.labelling, **given)
         for name, own in vars(self.labelling).items():
             if name != "abstain_below" and vars(chosen)[name] != own:
