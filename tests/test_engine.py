@@ -472,15 +472,23 @@ def test_forced_tokens_past_the_cache_fail_their_request_alone(model: pumice.Mod
     for _ in range(300):
         engine.step()
     assert beside.ended
+    assert long.ended
     assert len(taken(beside)) == 80
     with pytest.raises(UserError, match="the cache has no room for more"):
         list(engine.follow(long))
     assert engine.pages_held == 0
 
 
-@pytest.mark.parametrize("where", ["forward", "look"])
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ("forward", "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        ("forward", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        ("look", "DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+    ],
+)
 def test_a_request_without_memory_fails_alone(
-    model: pumice.Model, images: list[Prepared], monkeypatch: pytest.MonkeyPatch, where: str
+    model: pumice.Model, images: list[Prepared], monkeypatch: pytest.MonkeyPatch, where: str, words: str
 ) -> None:
     engine = Engine(model.network)
     short = engine.submit(Request([5] * 4, [], Sampling(max_tokens=8)))
@@ -490,7 +498,7 @@ def test_a_request_without_memory_fails_alone(
 
     def fails(self: object, x: torch.Tensor, *others: object) -> torch.Tensor:
         if where == "look" or x.shape[1] > 4:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+            raise RuntimeError(words)
         return whole(self, x, *others)
 
     monkeypatch.setattr(type(model.network), where, fails)
@@ -632,6 +640,14 @@ def test_another_engine_while_questions_are_under_way(model: pumice.Model, monke
     asking.start()
     asking.join(30)
     assert found == [expected]
+
+
+def test_features_without_memory_say_so(
+    model: pumice.Model, images: list[Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(model.network), "look", lambda *_: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(UserError, match="not enough memory"):
+        Engine(model.network).features(images[:1])
 
 
 @pytest.mark.parametrize("wrong", [{"rows": 0}, {"chunk": -1}, {"tiles": 1.5}, {"cache_bytes": True}, {"rows": 2**63}])

@@ -21,6 +21,9 @@ from pumice.network.llama import Batch
 from pumice.network.llava import Llava
 from pumice.ops import Pages
 
+NO_MEMORY = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory")
+"""How PyTorch says it on a CPU, on Windows, of cuBLAS's own memory, and on a Mac's GPU, without a class for it."""
+
 
 @dataclass(frozen=True)
 class Stretch:
@@ -150,7 +153,8 @@ class Passes:
 
 def out_of_memory(error: Exception) -> UserError:
     """What to say of a pass for which there was no memory. Another error is a bug, and is raised."""
-    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    said = any(words in str(error) for words in NO_MEMORY)
+    if not said and not isinstance(error, MemoryError | torch.OutOfMemoryError):
         raise error
     return UserError(
         "there is not enough memory left for this request",

@@ -28,6 +28,8 @@ MAX_STOPS = 64
 MAX_BIASES = 1024
 MAX_LOGPROBS = 20
 """As OpenAI's API has it."""
+AT_ONCE = 64
+"""Positions whose log-probabilities are in memory: of a large vocabulary half a megabyte each."""
 
 
 @dataclass(frozen=True)
@@ -262,8 +264,11 @@ def draw_all(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[Drawn | Use
 
 def log_likelihoods(logits_KV: Tensor, tokens: Sequence[int]) -> list[float]:
     """The model's own log-probability of one token at each of K positions, in float32."""
-    logs_KV = logits_KV.detach().float().cpu().log_softmax(-1)
-    return logs_KV[torch.arange(len(tokens)), list(tokens)].tolist()
+    found: list[float] = []
+    for part_KV in torch.split(logits_KV.detach(), AT_ONCE):
+        logs_KV = part_KV.float().cpu().log_softmax(-1)
+        found += logs_KV[torch.arange(len(logs_KV)), list(tokens[len(found) : len(found) + len(logs_KV)])].tolist()
+    return found
 
 
 def no_numbers() -> UserError:
