@@ -16,6 +16,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -243,6 +244,12 @@ def test_a_chat_template_that_nobody_knows_needs_one_that_is_given(own: OwnStore
         made(creating.asked(body, own), own)
     made(creating.asked({**body, "template": "{{ .Prompt }}"}, own), own)
     assert stored(own).text("template") == "{{ .Prompt }}"
+    # As llava-llama3 of Ollama's library: its file has the chat template of a language model.
+    assert pumice.load("me/mine:v1").config.template == "vicuna_v1"
+    made(Recipe("me/mine:v1", quantize="q8_0"), own)
+    assert pumice.load("me/mine:v1").config.template == "vicuna_v1"
+    with pytest.raises(UserError, match="chat template that pumice does not know"):
+        pumice.load(strange)
 
 
 def test_the_model_in_the_package_becomes_one_for_ollama(own: OwnStore) -> None:
@@ -580,6 +587,15 @@ def test_a_creation_that_is_killed_leaves_a_whole_store(own: OwnStore, tmp_path:
     own.prune(older_s=-1)
     named = {each.file_name for each in stored(own).manifest.blobs}
     assert {each.name for each in own.blobs.folder.iterdir()} == named
+
+
+def test_a10_two_creations_of_one_name_at_once(own: OwnStore) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        mixes = ("Q8_0", "Q4_0", "Q8_0", "Q4_K_M")
+        done = [threads.submit(made, Recipe("pebble", quantize=each), own) for each in mixes]
+    assert [each.result()[-1] for each in done] == ["success"] * 4
+    assert all(own.blobs.has(each) for each in stored(own).manifest.blobs)
+    assert [each.name for each in own.blobs.folder.iterdir() if each.name.startswith(".")] == []
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(own: OwnStore) -> None:

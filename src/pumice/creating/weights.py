@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 WEIGHTS = (".safetensors", ".bin", ".pth")
 NO_DIGEST = "0000000000000000000"
 """What Ollama tells of a file that has none yet."""
-ANY = "vicuna_v1"
-"""Stands for a template that is not asked for."""
 _DENSE = ("F16", "BF16", "F32")
 _MODEL, _EYES = f"{ROLE_TYPE}model", f"{ROLE_TYPE}projector"
 
@@ -145,7 +143,7 @@ def _looked_at(
     yield Progress("validating GGUF model")
     said = gguf_keys.said(path, places[str(path)])
     with _named(places):
-        checkpoint = _read(path, beside, said, worded=bench.worded and bench.mix is None)
+        checkpoint = _read(path, beside, said, worded=bench.worded)
     if bench.mix not in (None, said.file_type):
         if checkpoint is None:
             raise UserError(f'unsupported architecture "{said.architecture}"', hint="quantise it with another program")
@@ -193,7 +191,7 @@ def _read(path: Path, beside: tuple[Path, ...], said: Said, *, worded: bool) -> 
     from pumice.checkpoints.gguf_file import open_gguf
 
     if said.architecture in ARCHITECTURES:
-        return checkpoints.read(path, beside=beside, template=ANY if worded else None)
+        return checkpoints.read(path, beside=beside, worded=worded)
     for each in (path, *beside):
         open_gguf(each)
     return None
