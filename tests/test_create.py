@@ -552,6 +552,42 @@ def test_a9_a_path_in_a_config_that_was_sent_is_not_followed(own: OwnStore, tmp_
     assert str(tmp_path) not in said[0]
 
 
+def test_g_any_body_makes_a_model_or_is_refused_without_a_path(own: OwnStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(name: Name, *of: object) -> Iterator[Progress]:
+        raise Missing("pull model manifest: file does not exist", hint="check the name")
+        yield
+
+    monkeypatch.setattr("pumice.store.transfer.pull", nowhere)
+    monkeypatch.setattr("pumice.store.pulling._from_hub", nowhere)
+    made(Recipe("pebble"), own, Name.parse("base"))
+    text, binary = (own.blobs.put([data], "").digest for data in (b"{}", b"GGUF" + bytes(100)))
+    atoms: list[object] = [
+        None, True, 0, -1, 1e300, float("nan"), "", "x", "base", "base", "../x", text, "sha256:" + "0" * 64, [], {},
+        {"a": text}, {"config.json": text, "m.safetensors": text}, {"config.json": text, "model.bin": binary},
+        {"a.gguf": binary}, {"m.safetensors": text, "m.safetensors/x": text}, {"a" * 300 + ".bin": text},
+        {"\ud800.bin": text}, {"stop": ["a"]}, {"stop": "a"}, {"num_ctx": 1e3}, {"temperature": float("inf")},
+        {"x": None}, {"x": {"y": []}}, {"x": ["\ud800"]}, {"x": 2**70}, [{"role": "user", "content": "x"}],
+        [{"role": "user", "content": "\ud800"}], [1], "{{ .Prompt }}", "{{", "FROM base\nPARAMETER stop y", "q4_0",
+        "\ud800", "\0", "a" * 5000,
+    ]  # fmt: skip
+    keys = (
+        "from", "from", "from", "files", "adapters", "template", "license", "system", "parameters", "messages",
+        "quantize", "modelfile", "stream",
+    )  # fmt: skip
+    rng, count, refusals = random.Random(4), 0, list[str]()
+    for _ in range(800):
+        body = {rng.choice(keys): rng.choice(atoms) for _ in range(rng.randint(1, 4))}
+        try:
+            made(creating.asked(body, own), own)
+            count += 1
+        except UserError as error:
+            refusals.append(str(error))
+    assert count > 5
+    assert not [each for each in refusals if str(own.root) in each]
+    assert own.models()[1] == []
+    assert not [each for each in own.blobs.folder.iterdir() if each.name.startswith(".")]
+
+
 # --- stopped ----------------------------------------------------------------------------------------------------------
 
 

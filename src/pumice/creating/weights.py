@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from pumice.creating.following import following
 from pumice.creating.layers import Base, config_of
 from pumice.creating.recipe import checked, no_adapter
-from pumice.errors import UserError
+from pumice.errors import UserError, shortened
 from pumice.store import Folder, Installed, gguf_keys
 from pumice.store.blobs import Blobs, chunks, open_regular
 from pumice.store.gguf_keys import Said
@@ -56,8 +56,12 @@ def of_files(files: Mapping[str, Path], bench: Bench) -> Making:
         raise UserError("unknown type", hint="send GGUF files, or safetensors files and the config.json beside them")
     folder = bench.shop / "source"
     for name, path in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).symlink_to(path.absolute())
+        try:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).symlink_to(path.absolute())
+        except (OSError, UnicodeEncodeError) as error:
+            # Too long, no text, or a file and a folder at once.
+            raise UserError(f"{shortened(name)} cannot be the name of a file", hint="send it by another") from error
     return (yield from _of_folder(folder, bench))
 
 
