@@ -16,6 +16,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -243,6 +244,12 @@ def test_a_chat_template_that_nobody_knows_needs_one_that_is_given(own: OwnStore
         made(creating.asked(body, own), own)
     made(creating.asked({**body, "template": "{{ .Prompt }}"}, own), own)
     assert stored(own).text("template") == "{{ .Prompt }}"
+    # As llava-llama3 of Ollama's library: its file has the chat template of a language model.
+    assert pumice.load("me/mine:v1").config.template == "vicuna_v1"
+    made(Recipe("me/mine:v1", quantize="q8_0"), own)
+    assert pumice.load("me/mine:v1").config.template == "vicuna_v1"
+    with pytest.raises(UserError, match="chat template that pumice does not know"):
+        pumice.load(strange)
 
 
 def test_the_model_in_the_package_becomes_one_for_ollama(own: OwnStore) -> None:
@@ -545,6 +552,42 @@ def test_a9_a_path_in_a_config_that_was_sent_is_not_followed(own: OwnStore, tmp_
     assert str(tmp_path) not in said[0]
 
 
+def test_g_any_body_makes_a_model_or_is_refused_without_a_path(own: OwnStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(name: Name, *of: object) -> Iterator[Progress]:
+        raise Missing("pull model manifest: file does not exist", hint="check the name")
+        yield
+
+    monkeypatch.setattr("pumice.store.transfer.pull", nowhere)
+    monkeypatch.setattr("pumice.store.pulling._from_hub", nowhere)
+    made(Recipe("pebble"), own, Name.parse("base"))
+    text, binary = (own.blobs.put([data], "").digest for data in (b"{}", b"GGUF" + bytes(100)))
+    atoms: list[object] = [
+        None, True, 0, -1, 1e300, float("nan"), "", "x", "base", "base", "../x", text, "sha256:" + "0" * 64, [], {},
+        {"a": text}, {"config.json": text, "m.safetensors": text}, {"config.json": text, "model.bin": binary},
+        {"a.gguf": binary}, {"m.safetensors": text, "m.safetensors/x": text}, {"a" * 300 + ".bin": text},
+        {"\ud800.bin": text}, {"stop": ["a"]}, {"stop": "a"}, {"num_ctx": 1e3}, {"temperature": float("inf")},
+        {"x": None}, {"x": {"y": []}}, {"x": ["\ud800"]}, {"x": 2**70}, [{"role": "user", "content": "x"}],
+        [{"role": "user", "content": "\ud800"}], [1], "{{ .Prompt }}", "{{", "FROM base\nPARAMETER stop y", "q4_0",
+        "\ud800", "\0", "a" * 5000,
+    ]  # fmt: skip
+    keys = (
+        "from", "from", "from", "files", "adapters", "template", "license", "system", "parameters", "messages",
+        "quantize", "modelfile", "stream",
+    )  # fmt: skip
+    rng, count, refusals = random.Random(4), 0, list[str]()
+    for _ in range(200):
+        body = {rng.choice(keys): rng.choice(atoms) for _ in range(rng.randint(1, 4))}
+        try:
+            made(creating.asked(body, own), own)
+            count += 1
+        except UserError as error:
+            refusals.append(str(error))
+    assert count
+    assert not [each for each in refusals if str(own.root) in each]
+    assert own.models()[1] == []
+    assert not [each for each in own.blobs.folder.iterdir() if each.name.startswith(".")]
+
+
 # --- stopped ----------------------------------------------------------------------------------------------------------
 
 
@@ -580,6 +623,15 @@ def test_a_creation_that_is_killed_leaves_a_whole_store(own: OwnStore, tmp_path:
     own.prune(older_s=-1)
     named = {each.file_name for each in stored(own).manifest.blobs}
     assert {each.name for each in own.blobs.folder.iterdir()} == named
+
+
+def test_a10_two_creations_of_one_name_at_once(own: OwnStore) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        mixes = ("Q8_0", "Q4_0", "Q8_0", "Q4_K_M")
+        done = [threads.submit(made, Recipe("pebble", quantize=each), own) for each in mixes]
+    assert [each.result()[-1] for each in done] == ["success"] * 4
+    assert all(own.blobs.has(each) for each in stored(own).manifest.blobs)
+    assert [each.name for each in own.blobs.folder.iterdir() if each.name.startswith(".")] == []
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(own: OwnStore) -> None:

@@ -21,25 +21,34 @@ from pumice.errors import UserError
 __all__ = ["Checkpoint", "Tensors", "check_writable", "expected_tensors", "read", "write_hf"]
 
 
-def read(path: Path, *, beside: Sequence[Path] = (), template: str | None = None, alone: bool = False) -> Checkpoint:
+def read(
+    path: Path,
+    *,
+    beside: Sequence[Path] = (),
+    template: str | None = None,
+    alone: bool = False,
+    worded: bool = False,
+) -> Checkpoint:
     """The checkpoint in a folder or a GGUF file, its weights mapped and not yet read.
 
     beside: what else it needs, each known by what its own files say: the language model under a LoRA folder or a lone
     projector, the CLIP folder of an authors' 1.5 folder, the projector file (mmproj) of a GGUF, where it is not in the
-    same folder. template: the name of a prompt template, instead of the checkpoint's own. alone: a path in a config is
-    not followed, as in files that somebody sent: what it leads to is not theirs.
+    same folder. template: the name of a prompt template, instead of the checkpoint's own.
+
+    alone: a path in a config is not followed, as in files that somebody sent: what it leads to is not theirs. worded:
+    of a GGUF, its prompts are made by a template that lies beside it in a store; its own need not be one that is known.
 
     Raises UserError: a file that is missing, damaged or hostile; a model that pumice does not run, by what is different
     about it; a tensor that is missing, extra or of the wrong shape, by its name.
     """
     with reading(path):
-        return _read(path, companions(beside, alone=alone), template)
+        return _read(path, companions(beside, alone=alone), template, worded)
 
 
-def _read(path: Path, beside: Companions, template: str | None) -> Checkpoint:
+def _read(path: Path, beside: Companions, template: str | None, worded: bool) -> Checkpoint:
     if is_gguf(path):
         _refuse(path, "a GGUF file", beside.base, beside.tower)
-        return gguf.read(path, beside.projector, template)
+        return gguf.read(path, beside.projector, template, worded=worded)
     if not path.is_dir():
         raise UserError(f"{path} is no folder and no GGUF file", hint="give a checkpoint's folder or a .gguf file")
     if not (path / "config.json").is_file():

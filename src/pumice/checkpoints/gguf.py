@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from pumice.chat_template import template_for
 from pumice.checkpoints import gguf_vocab
 from pumice.checkpoints.fields import Fields, decimal, shown
 from pumice.checkpoints.form import Checkpoint, checked, collected, unfused
@@ -56,7 +57,7 @@ LONG_ROPE = ("rope_factors_short.weight", "rope_factors_long.weight")
 """Divisors of rotary frequencies: part of the config here, tensors in the file."""
 
 
-def read(path: Path, projector: Path | None, template: str | None) -> Checkpoint:
+def read(path: Path, projector: Path | None, template: str | None, *, worded: bool) -> Checkpoint:
     """The checkpoint in a language model's file, with the projector named or found beside it; without one a text model.
 
     Raises UserError; see `checkpoints.read`.
@@ -77,7 +78,8 @@ def read(path: Path, projector: Path | None, template: str | None) -> Checkpoint
     kind = "mistral" if text.kv_heads < text.heads and text.rotary.theta == 1e6 else "llama"
     jinja = fields.text("tokenizer.chat_template") if "tokenizer.chat_template" in fields else None
     named = template or (own.text("template") if "template" in own else None)
-    chosen = known_template(named, jinja, path) or usual_template(kind, stops, tokenizer)
+    unread = worded and named is None and jinja is not None and template_for(jinja) is None
+    chosen = known_template(named, None if unread else jinja, path) or usual_template(kind, stops, tokenizer)
     config = LlavaConfig(text, None, None, None, chosen, stops)
     if eyes := _eyes(path, projector, text):
         tiled = eyes.image.mode == "anyres"

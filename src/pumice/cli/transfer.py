@@ -98,7 +98,7 @@ def _bars(steps: Iterator[Progress]) -> None:
     with Bars(*columns, console=Console(stderr=True)) as bars:
         for step in steps:
             if step.digest is None:
-                bars.console.print(step.status, markup=False, highlight=False)
+                bars.console.print(step.status, markup=False, highlight=False, soft_wrap=True)
             elif step.completed is None:
                 continue
             elif step.status in tasks:

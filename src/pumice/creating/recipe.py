@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import get_args
 
 from pumice.errors import UserError, shortened
+from pumice.go_template.values import check, check_text
 from pumice.modelfile import Modelfile, Role, read_modelfile
 from pumice.store.layout import OwnStore
 
@@ -120,6 +121,7 @@ def _text(said: Mapping[str, object], key: str) -> str | None:
     value = said.get(key, "")
     if not isinstance(value, str):
         raise _wrong(key, "a text")
+    check_text(value, key)
     return value or None
 
 
@@ -134,6 +136,7 @@ def _licenses(value: object) -> tuple[str, ...]:
     texts: Sequence[object] = [] if value is None else value if isinstance(value, list) else [value]
     if not all(isinstance(each, str) for each in texts):
         raise _wrong("license", "a text or a list of texts")
+    check(texts, "license")
     return tuple(str(each) for each in texts if each)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from pumice.creating.following import following
 from pumice.creating.layers import Base, config_of
 from pumice.creating.recipe import checked, no_adapter
-from pumice.errors import UserError
+from pumice.errors import UserError, shortened
 from pumice.store import Folder, Installed, gguf_keys
 from pumice.store.blobs import Blobs, chunks, open_regular
 from pumice.store.gguf_keys import Said
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 WEIGHTS = (".safetensors", ".bin", ".pth")
 NO_DIGEST = "0000000000000000000"
 """What Ollama tells of a file that has none yet."""
-ANY = "vicuna_v1"
-"""Stands for a template that is not asked for."""
 _DENSE = ("F16", "BF16", "F32")
 _MODEL, _EYES = f"{ROLE_TYPE}model", f"{ROLE_TYPE}projector"
 
@@ -58,8 +56,12 @@ def of_files(files: Mapping[str, Path], bench: Bench) -> Making:
         raise UserError("unknown type", hint="send GGUF files, or safetensors files and the config.json beside them")
     folder = bench.shop / "source"
     for name, path in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).symlink_to(path.absolute())
+        try:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).symlink_to(path.absolute())
+        except (OSError, UnicodeEncodeError) as error:
+            # Too long, no text, or a file and a folder at once.
+            raise UserError(f"{shortened(name)} cannot be the name of a file", hint="send it by another") from error
     return (yield from _of_folder(folder, bench))
 
 
@@ -145,7 +147,7 @@ def _looked_at(
     yield Progress("validating GGUF model")
     said = gguf_keys.said(path, places[str(path)])
     with _named(places):
-        checkpoint = _read(path, beside, said, worded=bench.worded and bench.mix is None)
+        checkpoint = _read(path, beside, said, worded=bench.worded)
     if bench.mix not in (None, said.file_type):
         if checkpoint is None:
             raise UserError(f'unsupported architecture "{said.architecture}"', hint="quantise it with another program")
@@ -193,7 +195,7 @@ def _read(path: Path, beside: tuple[Path, ...], said: Said, *, worded: bool) -> 
     from pumice.checkpoints.gguf_file import open_gguf
 
     if said.architecture in ARCHITECTURES:
-        return checkpoints.read(path, beside=beside, template=ANY if worded else None)
+        return checkpoints.read(path, beside=beside, worded=worded)
     for each in (path, *beside):
         open_gguf(each)
     return None

@@ -101,7 +101,8 @@ def read(name: str | Path, *, beside: Sequence[str | Path] = (), template: str |
     if found.stored is None:
         return checkpoints.read(found.path, beside=others, template=template)
     try:
-        return checkpoints.read(found.path, beside=others, template=template)
+        worded = bool(found.stored.manifest.role("template"))
+        return checkpoints.read(found.path, beside=others, template=template, worded=worded)
     except UserError as error:
         # The name of a blob says nothing to anyone.
         raise UserError(f"{found.title}: {error.message}", hint=error.hint) from error
