@@ -37,7 +37,7 @@ TILE_PX = 96
 
 @dataclass
 class Stub:
-    models: list[str] = field(default_factory=lambda: ["pebble:latest", "pebble:1.5"])
+    models: list[str] = field(default_factory=lambda: ["pebble:1.6", "pebble:1.5"])
     key: str | None = None
     pause_s: float = 0.01
     """Between two words of an answer, and two steps of a pull."""
@@ -169,13 +169,13 @@ async def answer(stub: Stub, body: dict[str, Any]) -> AsyncIterator[dict[str, An
     began = time.perf_counter_ns()
     for at, word in enumerate(text.split(" ")):
         await asyncio.sleep(stub.pause_s)
-        if "break" in question and at == (3 if body["model"] == "pebble:latest" else 2):
+        if "break" in question and at == (3 if body["model"] == "pebble:1.6" else 2):
             yield {"error": "the model ran out of memory: 3.1 GB are needed, 2.0 GB are free"}
             return
         message = {"role": "assistant", "content": word if at == 0 else f" {word}"}
         yield {"model": body["model"], "message": message, "done": False}
     write = time.perf_counter_ns() - began
-    tokens = [2928 if body["model"] == "pebble:latest" else 576 for _ in last.get("images", [])]
+    tokens = [2928 if body["model"] == "pebble:1.6" else 576 for _ in last.get("images", [])]
     counters = {
         "total_duration": write + 900_000_000,
         "load_duration": 210_000_000,

@@ -15,9 +15,8 @@ import httpx2
 import uvicorn
 
 from pumice.server.app import application
-from pumice.server.settings import Settings
-
 from pumice.server.patience import Patient
+from pumice.server.settings import Settings
 
 
 @contextmanager

@@ -269,7 +269,7 @@ def test_pictures_are_dropped_and_pasted_and_asked_about(visit: Callable[..., Vi
     expect(there.answered().locator(".text")).not_to_be_empty()
     expect(there.page.locator(".asked .bubble")).to_have_text("What is it?")
     expect(there.page.locator(".asked img")).to_have_count(1)
-    expect(there.page.locator("#announcer")).to_contain_text("pebble:latest:")
+    expect(there.page.locator("#announcer")).to_contain_text("pebble:1.6:")
 
 
 @needs_chromium
@@ -370,7 +370,7 @@ def test_a_question_is_asked_again_of_another_model(visit: Callable[..., Visit],
     expect(there.page.get_by_role("button", name="Ask again")).to_have_count(1)  # of the last turn alone
     there.page.get_by_label("Model", exact=True).select_option("pebble:1.5")
     there.page.get_by_role("button", name="Ask again").click()
-    expect(there.page.locator(".answer .who")).to_have_text(["pebble:latest", "pebble:1.5"])
+    expect(there.page.locator(".answer .who")).to_have_text(["pebble:1.6", "pebble:1.5"])
     there.answered(2)
     assert [len(each["messages"]) for each in faulty.bodies("/api/chat")] == [1, 3, 3]
 
@@ -383,7 +383,7 @@ def test_two_models_are_asked_the_same(visit: Callable[..., Visit]) -> None:
     there.attach(picture())
     there.ask("What colour is it?")
     answers = there.answered(2)
-    expect(answers.nth(0).get_by_role("heading")).to_have_text("pebble:latest")
+    expect(answers.nth(0).get_by_role("heading")).to_have_text("pebble:1.6")
     expect(answers.nth(1).get_by_role("heading")).to_have_text("pebble:1.5")
     left, right = answers.nth(0).bounding_box(), answers.nth(1).bounding_box()
     assert left["y"] == right["y"]
@@ -400,7 +400,7 @@ def test_each_of_two_models_keeps_its_own_conversation(visit: Callable[..., Visi
     there.ask("And now?")
     there.answered(2)
     one, two = faulty.bodies("/api/chat")[-2:]
-    assert [one["model"], two["model"]] == ["pebble:latest", "pebble:1.5"]
+    assert [one["model"], two["model"]] == ["pebble:1.6", "pebble:1.5"]
     # An answer that broke off is still what was said.
     assert [each["content"] for each in one["messages"]] == ["break here", "The sign says", "And now?"]
     assert [each["content"] for each in two["messages"]] == ["break here", "The sign", "And now?"]
@@ -548,12 +548,12 @@ def test_wrong_key_then_right_key(visit: Callable[..., Visit], faulty: Stub, bro
     expect(dialog.get_by_role("alert")).to_have_text("the API key is missing or wrong")
     dialog.get_by_label("API key").fill("right")
     there.page.keyboard.press("Enter")
-    expect(there.page.get_by_label("Model", exact=True)).to_have_value("pebble:latest")
+    expect(there.page.get_by_label("Model", exact=True)).to_have_value("pebble:1.6")
     expect(dialog).to_be_hidden()
     there.ask("What is it?")
     there.answered()
     there.page.reload()  # kept as long as the tab
-    expect(there.page.get_by_label("Model", exact=True)).to_have_value("pebble:latest")
+    expect(there.page.get_by_label("Model", exact=True)).to_have_value("pebble:1.6")
     assert there.page.evaluate("() => JSON.stringify({ ...localStorage })").count("right") == 0
     there.context.close()
 
@@ -595,8 +595,8 @@ def test_what_the_server_refuses_is_told_in_its_words(visit: Callable[..., Visit
     there = visit()
     faulty.models = ["another:latest"]
     there.ask("Hello?")
-    expect(there.page.locator(".answer .problem")).to_have_text("model 'pebble:latest' not found")
-    faulty.models = ["pebble:latest"]
+    expect(there.page.locator(".answer .problem")).to_have_text("model 'pebble:1.6' not found")
+    faulty.models = ["pebble:1.6"]
     there.ask("break")
     expect(there.page.locator(".answer .problem").last).to_contain_text("3.1 GB are needed, 2.0 GB are free")
     expect(there.page.locator(".answer .text").last).to_have_text("The sign says")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import sys
 from contextlib import suppress
@@ -58,6 +59,8 @@ def serve(settings: Settings) -> None:
         timeout_keep_alive=75,
     )
     sys.setswitchinterval(SWITCH_S)
+    # uvicorn raises a signal again when all is done; it has done its work by then.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     print(f"Listening on http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr, flush=True)
     with suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[place])
