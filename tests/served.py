@@ -44,7 +44,7 @@ def listening(app: Any, **options: Any) -> Iterator[int]:
 def served(settings: Settings | None = None) -> Iterator[str]:
     """The whole server; its base URL."""
     settings = settings or Settings(port=0)
-    with listening(application(settings), timeout_graceful_shutdown=5) as port:
+    with listening(application(settings), port=settings.port, timeout_graceful_shutdown=5) as port:
         yield f"http://127.0.0.1:{port}"
 
 

@@ -18,7 +18,7 @@ from pumice import store
 from pumice.errors import UserError
 from pumice.server.documents import body
 from pumice.server.residents import Resident, Residents, named
-from pumice.server.settings import Settings
+from pumice.server.settings import Address, Settings
 from pumice.server.streams import status_of
 from pumice.server.wire import NDJSON, Fields, Refused, line, timestamp
 from pumice.store import Installed, Name, Stored, facts, model_info
@@ -97,7 +97,7 @@ def _add_changes(router: APIRouter, residents: Residents, settings: Settings) ->
             if store.find(text) is None:
                 raise offline("pull")
             return await told(iter([Progress("success")]), fields.flag("stream", True))
-        return await told(_transfer("pull", text, fields), fields.flag("stream", True))
+        return await told(_transfer("pull", text, fields, settings), fields.flag("stream", True))
 
     @router.post("/api/push", openapi_extra=body("PushRequest"))
     async def push(request: Request) -> Response:
@@ -107,15 +107,18 @@ def _add_changes(router: APIRouter, residents: Residents, settings: Settings) ->
         named(text)
         if settings.offline:
             raise offline("push")
-        return await told(_transfer("push", text, fields), fields.flag("stream", True))
+        return await told(_transfer("push", text, fields, settings), fields.flag("stream", True))
 
 
-def _transfer(verb: str, text: str, fields: Fields) -> Iterator[Progress]:
+def _transfer(verb: str, text: str, fields: Fields, settings: Settings) -> Iterator[Progress]:
+    """Addresses of the inner network are for who sits at this machine: where others reach the server, `insecure` lets
+    none of them ask there."""
     from pumice.store import pulling
     from pumice.store.link import Reach
 
     insecure = fields.flag("insecure")
-    reach = Reach(plain=insecure and not text.startswith("https://"), inner=insecure)
+    inner = insecure and Address(host=settings.host).is_loopback
+    reach = Reach(plain=insecure and not text.startswith("https://"), inner=inner)
     return (pulling.pull if verb == "pull" else pulling.push)(text, reach)
 
 

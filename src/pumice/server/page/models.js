@@ -104,7 +104,7 @@ async function pull(name) {
   const layers = new Map();
   try {
     let last = "";
-    for await (const step of api.stream("api/pull", { model: name, stream: true }, pulling.signal)) {
+    for await (const step of api.stream("api/pull", { model: name, stream: true, insecure: $("pull-insecure").checked }, pulling.signal)) {
       last = step.status;
       if (step.digest) layer(layers, step);
       else $("pull-state").textContent = `${name}: ${step.status}`;
