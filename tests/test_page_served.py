@@ -53,6 +53,7 @@ def test_a_key_is_asked_for(browser: Any) -> None:
             if key == "wrong":
                 expect(dialog.get_by_role("alert")).to_be_visible(timeout=PATIENCE_MS)
         expect(dialog).to_be_hidden(timeout=PATIENCE_MS)
+        expect(there.page.get_by_label("Model", exact=True)).not_to_have_value("", timeout=PATIENCE_MS)
         there.ask("Hi")
         expect(there.page.locator(".answer .timings")).to_have_count(1, timeout=PATIENCE_MS)
         there.context.close()
