@@ -67,8 +67,8 @@ class AccessLog:
 
 
 def note(scope: Scope, fact: Fact, value: str | int | float) -> None:
-    """Add something to the line of the request with this scope, which an AccessLog is around."""
-    scope[_FACTS][fact] = value
+    """Add something to the line of the request with this scope, where an AccessLog is around it."""
+    scope.get(_FACTS, {})[fact] = value
 
 
 def request_id(scope: Scope) -> str:
