@@ -43,8 +43,8 @@ def listening(app: Any, **options: Any) -> Iterator[int]:
 
 @contextmanager
 def served(settings: Settings | None = None) -> Iterator[str]:
-    """The whole server; its base URL. PUMICE_TEST_SERVER is that of one that runs already, for tests that need no settings
-    of their own."""
+    """The whole server; its base URL. PUMICE_TEST_SERVER is that of one that runs already, for tests that need no
+    settings of their own."""
     if settings is None and (running := os.environ.get("PUMICE_TEST_SERVER")):
         yield running
         return

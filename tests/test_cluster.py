@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -34,8 +35,10 @@ cluster = pytest.importorskip("pumice.server.cluster", reason="ray is not instal
 
 HERE = Path(__file__).parent
 KEY = {"Authorization": "Bearer sesame"}
-MARK = "PUMICE_TEST_CLUSTER"
+MARK = f"PUMICE_TEST_CLUSTER={os.getpid()}"
+"""In the environment of every process of the cluster."""
 START_S = 150
+WALKS = ("tests/test_ollama_api.py", "tests/test_openai_api.py")
 
 
 # --- the door, with replicas that only say what reached them ----------------------------------------------------------
@@ -203,18 +206,26 @@ def test_settings_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cluster_of_two() -> None:
     """One test, because a cluster takes long to start: its parts are below, in the order in which they run."""
     with two_nodes() as base:
+        the_walks_pass(base)
         both_replicas_answer(base)
         a_client_that_leaves_ends_its_answer(base)
-        assert httpx2.get(base + "/api/tags", headers={"Origin": "https://evil.example"}).status_code == 403
+        evil = {"Origin": "https://evil.example"}
+        assert httpx2.get(base + "/api/tags", headers=evil, timeout=30).status_code == 403
         assert post(base, "/api/generate", {"model": "pebble", "keep_alive": 0}).json()["done_reason"] == "unload"
-        assert httpx2.get(base + "/api/ps").json() == {"models": []}
-        walks = ["tests/test_ollama_api.py", "tests/test_openai_api.py"]
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", *walks],
-            cwd=HERE.parent, env={**os.environ, "PUMICE_TEST_SERVER": base}, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout
-        assert " passed" in done.stdout
+        assert httpx2.get(base + "/api/ps", timeout=30).json() == {"models": []}
+        one_that_dies_is_replaced(base)
+
+
+def the_walks_pass(base: str) -> None:
+    """Asked one after another, they come to the replica that has the model: `context` is known to it alone."""
+    assert post(base, "/api/generate", {"model": "pebble"}).status_code == 200
+    time.sleep(2)  # until the door knows where the model is
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", *WALKS],
+        cwd=HERE.parent, env={**os.environ, "PUMICE_TEST_SERVER": base}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
 
 
 def both_replicas_answer(base: str) -> None:
@@ -227,7 +238,7 @@ def both_replicas_answer(base: str) -> None:
         ]
         found = list(pool.map(lambda body: post(base, "/api/generate", body).json()["response"], bodies))
     assert found == [model.ask(each).text for each in questions]
-    (held,) = httpx2.get(base + "/api/ps").json()["models"]
+    (held,) = httpx2.get(base + "/api/ps", timeout=30).json()["models"]
     assert held["replicas"] == 2
 
 
@@ -258,6 +269,22 @@ def a_client_that_leaves_ends_its_answer(base: str) -> None:
     assert whole.elapsed.total_seconds() > first_s, "the pieces of a stream came at its end"
 
 
+def one_that_dies_is_replaced(base: str) -> None:
+    """Whoever was waiting for it is told so; who asks again is answered by the other."""
+    replicas = [
+        each for each in marked() if b"ServeReplica:pumice:models" in Path(f"/proc/{each}/cmdline").read_bytes()
+    ]
+    assert len(replicas) == 2
+    os.kill(replicas[0], signal.SIGKILL)
+    until = time.monotonic() + 20
+    while True:
+        answer = post(base, "/api/generate", {"model": "pebble", "prompt": "Hi", "stream": False})
+        if answer.status_code == 200:
+            break
+        assert (answer.status_code, answer.json().keys()) == (503, {"error"})
+        assert time.monotonic() < until
+
+
 def ended(base: str, reason: str) -> float:
     lines = httpx2.get(base + "/metrics", timeout=30).text.splitlines()
     mine = [each for each in lines if each.startswith("pumice:request_success_total") and f'"{reason}"' in each]
@@ -274,7 +301,7 @@ def two_nodes() -> Iterator[str]:
     config = yaml.safe_load((HERE.parent / "examples" / "cluster.yaml").read_text())
     config |= {"proxy_location": "HeadOnly", "http_options": {"host": "127.0.0.1", "port": port}}
     (application,) = config["applications"]
-    application["runtime_env"]["env_vars"] = {"PUMICE_OPEN_BIND": "1"}
+    application["runtime_env"]["env_vars"] = {"PUMICE_OPEN_BIND": "1", "PUMICE_OFFLINE": "1"}
     models, _ = application["deployments"]
     models |= {"max_ongoing_requests": 2, "ray_actor_options": {"num_cpus": 1}}
     models["autoscaling_config"] = {"min_replicas": 2, "max_replicas": 2, "target_ongoing_requests": 1}
@@ -283,7 +310,10 @@ def two_nodes() -> Iterator[str]:
         folder = Path(name)
         (folder / "ray").mkdir()
         (folder / "cluster.yaml").write_text(yaml.safe_dump(config))
-        environment = {**os.environ, MARK: name, "RAY_TMPDIR": name, "RAY_USAGE_STATS_ENABLED": "0"}
+        # A token of its own, or Ray would write one into the home folder.
+        secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        environment = {**os.environ, **dict([MARK.split("=")]), **secret, "RAY_TMPDIR": name}
+        environment["RAY_USAGE_STATS_ENABLED"] = "0"
         with (folder / "log").open("w") as log:
             process = subprocess.Popen(
                 [sys.executable, str(HERE / "cluster_of_two.py"), str(folder / "cluster.yaml")],
@@ -298,7 +328,7 @@ def two_nodes() -> Iterator[str]:
             try:
                 process.wait(40)
             finally:
-                left = marked(name)
+                left = marked()
                 for each in left:
                     os.kill(each, signal.SIGKILL)
         assert not left, "processes of Ray stayed behind"
@@ -317,12 +347,12 @@ def await_start(base: str, process: subprocess.Popen[bytes], log: Path) -> None:
         time.sleep(0.3)
 
 
-def marked(mark: str) -> list[int]:
-    """The processes that have this mark in their environment."""
+def marked() -> list[int]:
+    """The processes of the cluster."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
-            if f"{MARK}={mark}".encode() in path.read_bytes().split(b"\0"):
+            if MARK.encode() in path.read_bytes().split(b"\0"):
                 found.append(int(path.parent.name))
         except OSError:
             continue  # it has ended, or is another user's

@@ -93,6 +93,8 @@ def app(args: dict[str, str]) -> Application:
     )(Replica)
 
     def build() -> ASGIApp:
+        if settings.offline:
+            offline.enforce()
         return guarded(settings, serve.get_deployment_handle(MODELS))
 
     door = serve.deployment(
