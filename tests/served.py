@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import socket
 import threading
 import time
@@ -42,7 +43,11 @@ def listening(app: Any, **options: Any) -> Iterator[int]:
 
 @contextmanager
 def served(settings: Settings | None = None) -> Iterator[str]:
-    """The whole server; its base URL."""
+    """The whole server; its base URL. PUMICE_TEST_SERVER is that of one that runs already, for tests that need no
+    settings of their own."""
+    if settings is None and (running := os.environ.get("PUMICE_TEST_SERVER")):
+        yield running
+        return
     settings = settings or Settings(port=0)
     with listening(application(settings), port=settings.port, timeout_graceful_shutdown=5) as port:
         yield f"http://127.0.0.1:{port}"
