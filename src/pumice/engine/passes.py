@@ -20,6 +20,7 @@ from pumice.errors import UserError
 from pumice.network.llama import Batch
 from pumice.network.llava import Llava
 from pumice.ops import Pages
+from pumice.ops.heap import Heap
 
 NO_MEMORY = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory")
 """How PyTorch says it on a CPU, on Windows, of cuBLAS's own memory, and on a Mac's GPU, without a class for it."""
@@ -70,6 +71,7 @@ class Passes:
             for _ in range(2)
         )
         graphs = ops.captures(network.like) and not network.language_model.border
+        self._heap = Heap()
         self._forward = Graphs(network, self.keys, self.values) if graphs else network
 
     @property
@@ -87,6 +89,7 @@ class Passes:
         Keys and values of all positions are in pages then. One stretch passes as a row; of several each position is a
         row of its own, which sees what stands in the pages of its request up to itself, so that no length is filled up.
         """
+        self._heap.tidy()
         hidden_XD = self._hidden(stretches)
         if any(each.scored < each.kept for each in stretches):
             states = list(zip(stretches, torch.split(hidden_XD, [each.kept for each in stretches])))
