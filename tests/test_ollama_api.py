@@ -189,6 +189,21 @@ def test_a_form_is_kept_to(base: str) -> None:
     assert post(base, "/api/generate", body).json()["response"].startswith("{")
 
 
+def test_a_schema_gets_the_names_that_it_has_and_no_others(base: str) -> None:
+    """As from Ollama, whose llama.cpp reads `properties` so. Clients' schemas (of pydantic, of `llm --schema`) say
+    nothing of others, and a small model would make up one after the other until its context is full."""
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    body = {"model": "pebble", "stream": False, "options": {**COLD, "num_predict": 60}, "format": schema}
+    message = {"role": "user", "content": "How many?"}
+    answer = post(base, "/api/chat", {**body, "messages": [message]}).json()
+    assert answer["done_reason"] == "stop"
+    assert json.loads(answer["message"]["content"]).keys() == {"n"}
+    wanted = {"type": "json_schema", "json_schema": {"name": "count", "schema": schema}}
+    body = {"model": "pebble", "messages": [message], "response_format": wanted, "temperature": 0, "max_tokens": 60}
+    answer = post(base, "/v1/chat/completions", body).json()
+    assert json.loads(answer["choices"][0]["message"]["content"]).keys() == {"n"}
+
+
 def test_logprobs(base: str) -> None:
     body = {"model": "pebble", "prompt": "Hi", "logprobs": True, "top_logprobs": 2, "stream": False}
     answer = post(base, "/api/generate", {**body, "options": {**COLD, "num_predict": 4}}).json()

@@ -534,6 +534,23 @@ def test_an_answer_cut_short_has_no_value(said: dict[str, Any], text: str) -> No
         Form.of(**said).value(text)
 
 
+@pytest.mark.parametrize(("schema", "closed"), [
+    ({"type": "object", "properties": {"a": {"type": "integer"}}}, True),
+    ({"type": "array", "items": {"type": "object", "properties": {"a": {}}, "required": ["a"]}}, True),
+    ({"type": "object", "properties": {"a": {}}, "additionalProperties": True}, False),
+    ({"type": "object"}, False),
+    ({"type": "object", "properties": {"a": {}}, "required": ["a", "b"]}, False),
+    ({"type": "object", "properties": {"a": {}}, "minProperties": 2, "required": ["a"]}, False),
+    ({"type": "object", "properties": {"a": {}}, "allOf": [{"properties": {"b": {}}}]}, False),
+    ({"allOf": [{"type": "object", "properties": {"a": {}}}, {"properties": {"b": {}}}]}, False),
+])  # fmt: skip
+def test_a_closed_schema_has_no_other_names(schema: dict[str, Any], closed: bool) -> None:
+    """And is left open where closed no text would fit it, or where its parts would exclude each other's names."""
+    value = '{"a": 1, "b": 2}' if schema.get("type") != "array" else '[{"a": 1, "b": 2}]'
+    assert accepts(compiled("json", schema=schema), "json", value)
+    assert accepts(compiled("json", schema=schema, closed=True), "json", value) != closed
+
+
 def test_equal_forms_are_equal() -> None:
     """What a compiled form can be kept under."""
     assert Form.of(choices=["a", "b"]) == Form.of(choices=("a", "b"))

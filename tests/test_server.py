@@ -141,6 +141,18 @@ def test_vectors(base: str, client: ollama.Client) -> None:
     assert refused.json()["error"]["message"] == "invalid input"
 
 
+def test_each_text_has_its_vector_an_empty_one_too(base: str) -> None:
+    """A client counts: the third vector is that of its third text."""
+    wanted = pumice.load("pebble").embed(["one", "", "two"]).vectors_ND.tolist()
+    found = post(base, "/api/embed", {"model": "pebble", "input": ["one", "", "two"]}).json()["embeddings"]
+    data = post(base, "/v1/embeddings", {"model": "pebble", "input": ["one", "", "two"]}).json()["data"]
+    for vectors in (found, [each["embedding"] for each in data]):
+        np.testing.assert_allclose(vectors, wanted, atol=1e-5)
+    assert post(base, "/api/embed", {"model": "pebble", "input": ""}).json()["embeddings"] == []
+    for wrong in (0, False, {}, ["one", 2]):
+        assert post(base, "/api/embed", {"model": "pebble", "input": wrong}).status_code == 400
+
+
 # --- clients of others ------------------------------------------------------------------------------------------------
 
 

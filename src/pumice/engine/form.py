@@ -73,13 +73,16 @@ class Form:
     """The pydantic class whose schema it is."""
 
     @classmethod
-    def of(cls, *, schema: Any = None, choices: Any = None, regex: Any = None, grammar: Any = None) -> Form | None:
+    def of(
+        cls, *, schema: Any = None, choices: Any = None, regex: Any = None, grammar: Any = None, closed: bool = False
+    ) -> Form | None:
         """The form that one of four arguments describes; None where none is given.
 
         schema: a pydantic model class (version 2), a JSON schema as a dict or as JSON text, or a form, which is given
         back; choices: a list of texts;
         regex: in the syntax of Rust's `regex` crate, for the whole answer, a digit being 0 to 9; grammar: llguidance's
-        Lark dialect with a rule `start`, or llama.cpp's GBNF with a rule `root`.
+        Lark dialect with a rule `start`, or llama.cpp's GBNF with a rule `root`. `closed`: where a schema names
+        properties and does not say `additionalProperties`, there are no others, as llama.cpp and so Ollama read one.
 
         Raises UserError for more than one argument, the wrong type, a JSON-schema word that is not followed (by its
         name), a recursion that no finite value ends, and what is too large.
@@ -90,7 +93,7 @@ class Form:
             raise UserError(f"an answer cannot have two forms: {' and '.join(named)}", hint="give one of them")
         match named:
             case ["schema"]:
-                return schema if isinstance(schema, cls) else _of_schema(schema)
+                return schema if isinstance(schema, cls) else _of_schema(schema, closed)
             case ["choices"]:
                 return _of_choices(choices)
             case ["regex"]:
@@ -122,7 +125,7 @@ class Form:
         return text
 
 
-def _of_schema(schema: Any) -> Form:
+def _of_schema(schema: Any, closed: bool) -> Form:
     model = None
     if isinstance(schema, type) and isinstance(schema, _PydanticModel):
         model = schema
@@ -143,8 +146,8 @@ def _of_schema(schema: Any) -> Form:
         raise UserError(f"the schema is {shortened(text)}, and not a JSON object", hint=hint)
     places = _places(schema)
     _check_ends(places)
-    if model is not None:
-        _close(places.values())
+    if model is not None or closed:
+        _close([each for each in places.values() if isinstance(each, dict)])
     return Form("schema", json.dumps(schema), model)
 
 
@@ -304,10 +307,15 @@ def _demands(at: str, schema: Any, places: _Places) -> Iterator[list[str]]:
         yield from ([each] for each in items[: schema.get("minItems", 0)] if each in places)
 
 
-def _close(schemas: Any) -> None:
-    """A pydantic model drops or refuses fields that it does not have: none are asked for."""
+def _close(schemas: Sequence[dict[str, Any]]) -> None:
+    """No fields are asked for beside those with a name. Left open: what must have more of them, and all of a schema
+    that describes an object in several parts, which would exclude each other's names."""
+    parts = ("properties", "$ref", "anyOf", "oneOf", "allOf")
+    if any(len(each.get("allOf", [])) > 1 or sum(part in each for part in parts) > 1 for each in schemas):
+        return
     for schema in schemas:
-        if isinstance(schema, dict) and "properties" in schema:
+        names = schema.get("properties", {}).keys()
+        if "properties" in schema and names >= set(schema.get("required", [])) and "minProperties" not in schema:
             schema.setdefault("additionalProperties", False)
 
 

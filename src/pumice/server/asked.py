@@ -110,12 +110,17 @@ def _question(asked: Asked, model: Model) -> Question:
 def _form(asked: Asked) -> Form | None:
     from pumice.engine.form import Form
 
-    if asked.form:
-        known = {name: asked.form.get(name) for name in ("schema", "choices", "regex", "grammar")}
-        return Form.of(schema=known["schema"], choices=known["choices"], regex=known["regex"], grammar=known["grammar"])
+    if form := asked.form:
+        return Form.of(
+            schema=form.get("schema"),
+            choices=form.get("choices"),
+            regex=form.get("regex"),
+            grammar=form.get("grammar"),
+            closed=True,
+        )
     if asked.format in (None, ""):
         return None
-    return Form.of(schema={"type": "object"} if asked.format == "json" else asked.format)
+    return Form.of(schema={"type": "object"} if asked.format == "json" else asked.format, closed=True)
 
 
 def _insert(model: Model) -> Template:

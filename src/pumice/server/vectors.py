@@ -120,13 +120,13 @@ class Wanted:
 
 
 def texts_of(value: Any) -> list[str]:
-    """`input`: a text or several. Raises Refused in Ollama's words."""
-    texts = [value] if isinstance(value, str) else [] if value is None else value
+    """`input`: a text, none where it is empty, or several, whose places count. Raises Refused in Ollama's words."""
+    texts = [] if value in (None, "") else [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(each, str) for each in texts):
         raise Refused(400, "invalid input type")
     if len(texts) > MOST_TEXTS:
         raise Refused(400, f"{len(texts)} texts came with the request; {MOST_TEXTS} are taken at most")
-    return [each for each in texts if each]
+    return texts
 
 
 def _packed(vector: Sequence[float]) -> str:
