@@ -84,7 +84,7 @@ def _add_changes(router: APIRouter, residents: Residents, settings: Settings) ->
         model = named(text)
         if model.place != "pumice":
             raise Refused(400, f"model '{text:.200}' lies in a place that pumice leaves as it is")
-        await residents.stop(text)
+        residents.stop(text)
         await asyncio.to_thread(store.own_store().remove, Name.parse(text))
         return Response()
 

@@ -196,7 +196,7 @@ async def _load(residents: Residents, common: Common, said: Mapping[str, Any]) -
 
 
 async def _unload(residents: Residents, common: Common, said: Mapping[str, Any]) -> Response:
-    await residents.stop(common.name)
+    residents.stop(common.name)
     return JSONResponse({**_head(common.name), **said, "done": True, "done_reason": "unload"})
 
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pumice import store
 from pumice.durations import FOREVER_NS, SECOND_NS
-from pumice.errors import UserError
 from pumice.server.asked import Contexts
 from pumice.server.metrics import Metrics, Standing
 from pumice.server.settings import Settings
@@ -64,10 +63,16 @@ class Residents:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._residents: dict[str, Resident] = {}
+        self._loads: dict[str, asyncio.Task[None]] = {}
         self._loading = asyncio.Lock()
+        self._ended = asyncio.Event()
+        """Set whenever the last answer of a model ends."""
         self._loader = ThreadPoolExecutor(1, "loading")
-        self.readers = ThreadPoolExecutor(2, "reading")
+        """Models come and go here, one after the other: who waits for room waits for what goes."""
+        self._readers = ThreadPoolExecutor(2, "reading")
         """Where pictures are decoded and prompts are cut into tokens."""
+        self._others = ThreadPoolExecutor(4, "working")
+        """Where what takes longer is done, so that no question waits to be read: vectors, pictures from elsewhere."""
         self.pending = 0
         self.metrics = Metrics(self._standings)
 
@@ -98,8 +103,10 @@ class Residents:
             finally:
                 resident.users -= 1
                 resident.ended_s = time.time()
-                if resident.keep_ns == 0 and not resident.users:
-                    await self.drop(resident)
+                if not resident.users:
+                    self._ended.set()
+                    if resident.keep_ns == 0:
+                        self.drop(resident)
         finally:
             self.pending -= 1
 
@@ -108,20 +115,21 @@ class Residents:
         installed = store.find(name)
         return None if installed is None else self._residents.get(_key(installed))
 
-    async def stop(self, name: str) -> bool:
+    def stop(self, name: str) -> bool:
         """Let a model go as soon as its answers have ended. Whether it was in memory."""
         resident = self.find(name)
         if resident is None:
             return False
         resident.keep_ns = 0
         if not resident.users:
-            await self.drop(resident)
+            self.drop(resident)
         return True
 
-    async def drop(self, resident: Resident) -> None:
-        """Let a model go at once; answers under way fail."""
-        if self._residents.pop(_key(resident.installed), None) is resident:
-            await self._in(self._loader, lambda: _let_go(resident))
+    def drop(self, resident: Resident) -> None:
+        """Let a model go; answers under way fail. Nobody waits for it but the next load."""
+        if self._residents.get(key := _key(resident.installed)) is resident:
+            del self._residents[key]
+            self._loader.submit(_let_go, resident)
 
     async def watch(self) -> None:
         """Lets models go when their time is over; runs until it is cancelled."""
@@ -129,18 +137,24 @@ class Residents:
             await asyncio.sleep(WATCH_S)
             for each in self.all:
                 if not each.users and each.keep_ns < FOREVER_NS and each.expires_s <= time.time():
-                    await self.drop(each)
+                    self.drop(each)
 
     async def close(self) -> None:
-        for each in self.all:
-            await self.drop(each)
+        loads = list(self._loads.values())
+        for each in loads:
+            each.cancel()
+        await asyncio.gather(*loads, return_exceptions=True)
+        for resident in self.all:
+            self.drop(resident)
         self._loader.shutdown()
-        self.readers.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._readers, self._others):
+            pool.shutdown(wait=False, cancel_futures=True)
 
-    async def read(self, work: Callable[[], T]) -> T:
-        """Do what takes time in a thread. Raises what it raises, Refused where memory runs out."""
+    async def read(self, work: Callable[[], T], *, slow: bool = False) -> T:
+        """Do what takes time in a thread; what is slow keeps no question waiting. Raises what it raises, Refused where
+        memory runs out."""
         try:
-            return await self._in(self.readers, work)
+            return await self._in(self._others if slow else self._readers, work)
         except MemoryError:
             raise Refused(503, "there is not enough memory for this request; send fewer or smaller images") from None
 
@@ -157,29 +171,43 @@ class Residents:
 
     async def _resident(self, installed: Installed) -> Resident:
         key = _key(installed)
-        if key not in self._residents:
+        while (found := self._residents.get(key)) is None or not found.worker.alive:
+            if found is not None:
+                self.drop(found)
+            if key not in self._loads:
+                self._loads[key] = asyncio.create_task(self._load(installed))
+            # A load goes on when who asked for it leaves: the next who asks finds the model.
+            await asyncio.shield(self._loads[key])
+        return found
+
+    async def _load(self, installed: Installed) -> None:
+        from pumice.room.fitting import NoRoom
+
+        key = _key(installed)
+        try:
             async with self._loading:
-                if key not in self._residents:
-                    self._residents[key] = await self._loaded(installed)
-        return self._residents[key]
+                while True:
+                    while len(self._residents) >= self._settings.max_models:
+                        await self._let_one_go()
+                    try:
+                        model, worker = await self._in(self._loader, lambda: _load(installed.title, self._settings))
+                        break
+                    except NoRoom:
+                        if not self._residents:
+                            raise
+                        await self._let_one_go()
+                turn = asyncio.Semaphore(self._settings.parallel or ROWS)
+                self._residents[key] = Resident(installed, model, worker, self._settings.keep_alive_ns, turn)
+        finally:
+            del self._loads[key]
 
-    async def _loaded(self, installed: Installed) -> Resident:
-        """Where there is no room, the model that was asked longest ago and is idle goes first."""
-        while len(self._residents) >= self._settings.max_models and (idle := self._idle()):
-            await self.drop(idle)
-        while True:
-            try:
-                model, worker = await self._in(self._loader, lambda: _load(installed.title, self._settings))
-                break
-            except UserError as error:
-                from pumice.room.fitting import NoRoom
-
-                idle = self._idle()
-                if idle is None or not isinstance(error, NoRoom):
-                    raise
-                await self.drop(idle)
-        turn = asyncio.Semaphore(self._settings.parallel or ROWS)
-        return Resident(installed, model, worker, self._settings.keep_alive_ns, turn)
+    async def _let_one_go(self) -> None:
+        """The model that was asked longest ago and is idle; or wait until there is one."""
+        if idle := self._idle():
+            self.drop(idle)
+        else:
+            self._ended.clear()
+            await self._ended.wait()
 
     def _idle(self) -> Resident | None:
         free = [each for each in self._residents.values() if not each.users]
@@ -214,5 +242,6 @@ def _let_go(resident: Resident) -> None:
     import gc
 
     resident.worker.close()
-    del resident.model, resident.worker
+    if not resident.users:  # who still has it is told that it is gone
+        del resident.model, resident.worker
     gc.collect()

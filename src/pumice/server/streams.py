@@ -12,7 +12,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from pumice.errors import UserError
-from pumice.server.wire import Refused
+from pumice.server.wire import Fault, Refused
 
 if TYPE_CHECKING:
     from pumice.server.worker import Chunk
@@ -94,4 +94,4 @@ def status_of(error: UserError | Refused) -> tuple[int, str]:
     """The status and the words of an error."""
     if isinstance(error, Refused):
         return error.status, error.message
-    return 400, f"{error.message}: {error.hint}"
+    return 500 if isinstance(error, Fault) else 400, f"{error.message}: {error.hint}"
