@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -146,7 +146,7 @@ async def _answered(residents: Residents, common: Common, exchange: Exchange) ->
     async with needs:
         call = Call(exchange.request, common.name, common.keep_ns, exchange.came_s)
         opening = begun(residents, call, exchange.asked)
-        coming = await unless_gone(exchange.request, needs.enter_async_context(opening))
+        (coming,) = await unless_gone(exchange.request, needs.enter_async_context(opening))
         if common.streams:
             return Streamed(_lines(common.name, exchange, coming), needs.pop_all(), NDJSON)
         text, chunks, answer = await unless_gone(exchange.request, coming.whole())
@@ -155,7 +155,7 @@ async def _answered(residents: Residents, common: Common, exchange: Exchange) ->
         return JSONResponse({**_head(common.name), **exchange.said(text), **told, **_end(exchange, coming, answer)})
 
 
-async def _lines(name: str, exchange: Exchange, coming: Coming) -> AsyncIterator[bytes]:
+async def _lines(name: str, exchange: Exchange, coming: Coming) -> AsyncGenerator[bytes]:
     try:
         async for chunk in coming.chunks:
             told = {"logprobs": [_told(each) for each in chunk.likely]} if chunk.likely else {}
