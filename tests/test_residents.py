@@ -160,3 +160,14 @@ def test_an_engine_that_breaks_ends_its_answers_and_is_made_afresh(
 
     run(work)
     assert "the engine failed" in caplog.text
+
+
+def test_what_takes_long_keeps_no_question_from_being_read() -> None:
+    async def work(residents: Residents) -> None:
+        over = threading.Event()
+        long = [asyncio.create_task(residents.read(lambda: over.wait(10), slow=True)) for _ in range(8)]
+        assert await asyncio.wait_for(residents.read(lambda: "read"), 5) == "read"
+        over.set()
+        assert all(await asyncio.gather(*long))
+
+    run(work)

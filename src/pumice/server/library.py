@@ -171,13 +171,14 @@ async def _aside(steps: Iterator[Progress]) -> AsyncIterator[Progress]:
     loop, unwanted = asyncio.get_running_loop(), threading.Event()
 
     def work() -> None:
-        end: Refused | UserError | None = None
+        end: Refused | UserError | None = Refused(500, "the server failed; its log says more")
         try:
             with closing(steps) if isinstance(steps, Generator) else nullcontext():
                 for step in steps:
                     if unwanted.is_set():
                         return
                     loop.call_soon_threadsafe(queue.put_nowait, step)
+            end = None
         except (UserError, Refused) as error:
             end = error
         except OSError as error:

@@ -163,7 +163,7 @@ def _content(message: Fields) -> tuple[str, list[str]]:
 
 async def _image(url: str, remote: Remote, residents: Residents) -> bytes:
     if url.lower().startswith(REMOTE):
-        return await residents.read(lambda: remote.fetch(url))
+        return await residents.read(lambda: remote.fetch(url), slow=True)
     if ":" in url[:30] and not url.startswith("data:"):
         raise Refused(400, "invalid image input: give a data: URL with base64")
     head = url.partition(",")[0].lower() if url.startswith("data:") else ""
