@@ -13,6 +13,7 @@ from starlette.types import Scope
 
 from pumice.errors import UserError
 from pumice.server.asked import Asked, Ready, context_ids, ready
+from pumice.server.calls import named_tools, with_calls
 from pumice.server.logs import note
 from pumice.server.metrics import Finished, Reason
 from pumice.server.residents import Resident, Residents
@@ -101,7 +102,9 @@ async def begun(residents: Residents, call: Call, asked: Asked, count: int = 1) 
             chunks = await needs.enter_async_context(aclosing(resident.worker.answer(answering)))
             first = await anext(chunks)
             tally.first_s = time.monotonic() - call.came_s
-            coming.append(Coming(clock, found, resident, tally.watched(first, chunks)))
+            watched = tally.watched(first, chunks)
+            tools = named_tools(asked.tools)
+            coming.append(Coming(clock, found, resident, with_calls(watched, tools) if tools else watched))
         yield coming
 
 

@@ -27,7 +27,7 @@ from pumice.server.wire import Fields, Refused
 
 if TYPE_CHECKING:
     from pumice.answer import Answer
-    from pumice.server.worker import Likely
+    from pumice.server.worker import Chunk, Likely
 
 MOST_ANSWERS = 16
 FINGERPRINT = "fp_pumice"
@@ -133,9 +133,10 @@ async def _answered(residents: Residents, request: Request, order: Order, asked:
         for index, each in enumerate(coming):
             text, chunks, answer = await unless_gone(request, each.whole())
             likely = [one for chunk in chunks for one in chunk.likely]
-            said = {"message": {"role": "assistant", "content": text}} if order.chats else {"text": text}
+            message = {"role": "assistant", "content": text, **_called(chunks[-1])}
+            said = {"message": message} if order.chats else {"text": text}
             told = {"logprobs": _told(order, likely)} if asked.logprobs is not None else {}
-            choices.append({"index": index, **said, **told, "finish_reason": answer.finish_reason})
+            choices.append({"index": index, **said, **told, "finish_reason": _reason(chunks[-1])})
             answers.append(answer)
         return JSONResponse(order.envelope(choices, usage=_usage(answers)))
 
@@ -147,20 +148,39 @@ async def _frames(order: Order, coming: list[Coming]) -> AsyncGenerator[bytes]:
         async with aclosing(merged([each.chunks for each in coming])) as found:
             async for index, chunk in found:
                 told = {"logprobs": _told(order, chunk.likely)} if chunk.likely else {}
-                if chunk.text or told or (index not in begun_ and chunk.answer is not None):
+                if chunk.text or told or chunk.calls or (index not in begun_ and chunk.answer is not None):
                     role = {} if index in begun_ else {"role": "assistant"}
-                    said = {"delta": {**role, "content": chunk.text}} if order.chats else {"text": chunk.text}
+                    said = (
+                        {"delta": {**role, "content": chunk.text, **_called(chunk)}}
+                        if order.chats
+                        else {"text": chunk.text}
+                    )
                     yield _frame(order.envelope([{"index": index, **said, **told, "finish_reason": None}]))
                     begun_.add(index)
                 if chunk.answer is not None:
                     end: dict[str, Any] = {"delta": {}} if order.chats else {"text": ""}
-                    yield _frame(order.envelope([{"index": index, **end, "finish_reason": chunk.answer.finish_reason}]))
+                    yield _frame(order.envelope([{"index": index, **end, "finish_reason": _reason(chunk)}]))
                     answers.append(chunk.answer)
         if order.usage:
             yield _frame(order.envelope([], usage=_usage(answers)))
         yield b"data: [DONE]\n\n"
     except (UserError, Refused) as error:
         yield _frame({"error": error_object(*status_of(error))})
+
+
+def _reason(last: Chunk) -> str:
+    assert last.answer is not None, "an answer ended without its end"
+    return "tool_calls" if last.calls else last.answer.finish_reason
+
+
+def _called(chunk: Chunk) -> dict[str, Any]:
+    """Calls of tools, whose arguments are a text here."""
+    calls = [
+        {"index": index, "id": each.id, "type": "function",
+         "function": {"name": each.name, "arguments": json.dumps(each.arguments)}}
+        for index, each in enumerate(chunk.calls)
+    ]  # fmt: skip
+    return {"tool_calls": calls} if calls else {}
 
 
 def _frame(value: Mapping[str, Any]) -> bytes:

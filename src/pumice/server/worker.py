@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pumice.answer import Answer, Answering
     from pumice.engine import Step
     from pumice.model import Model
+    from pumice.server.calls import ToolCall
 
 REPEATS = 30
 """So many times the same token, and the answer is ended; Ollama's number."""
@@ -42,11 +43,12 @@ class Likely:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What has come of an answer since the last one. `answer` comes with the last."""
+    """What has come of an answer since the last one. `answer` and `calls` come with the last."""
 
     text: str
     likely: tuple[Likely, ...] = ()
     answer: Answer | None = None
+    calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(eq=False)
