@@ -13,6 +13,7 @@ import pytest
 
 from pumice.errors import UserError
 from pumice.ollama_prompt import Turn
+from pumice.room.memory import Memory
 from pumice.server import residents as module
 from pumice.server.asked import Asked, ready
 from pumice.server.residents import Resident, Residents
@@ -169,5 +170,21 @@ def test_what_takes_long_keeps_no_question_from_being_read() -> None:
         assert await asyncio.wait_for(residents.read(lambda: "read"), 5) == "read"
         over.set()
         assert all(await asyncio.gather(*long))
+
+    run(work)
+
+
+def test_an_idle_model_goes_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(residents: Residents) -> None:
+        watching = asyncio.create_task(residents.watch())
+        await use(residents, "pebble:1.5")
+        async with residents.use("pebble") as busy:
+            with monkeypatch.context() as patch:
+                patch.setattr(module, "host", lambda: Memory(total=100, available=2))
+                await asyncio.sleep(1.3)
+            assert residents.all == [busy]
+        await asyncio.sleep(0.7)
+        assert residents.all == [busy]
+        watching.cancel()
 
     run(work)

@@ -91,7 +91,7 @@ async def begun(residents: Residents, call: Call, asked: Asked, count: int = 1) 
         model = resident.model
 
         def read() -> tuple[Ready, list[Answering]]:
-            found = ready(asked, model, resident.contexts)
+            found = ready(asked, model, resident.contexts, resident.context)
             return found, [model.open(nth(found.question, number), found.seen) for number in range(count)]
 
         found, opened = await residents.read(read)

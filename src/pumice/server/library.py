@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from pumice import store
 from pumice.errors import UserError
+from pumice.server.asked import window_of
 from pumice.server.documents import body
 from pumice.server.residents import Resident, Residents, named
 from pumice.server.settings import Settings
@@ -250,5 +251,5 @@ def _resident(resident: Resident) -> dict[str, Any]:
         "size": resident.bytes,
         "expires_at": timestamp(min(resident.expires_s, time.time() + FOREVER_S)),
         "size_vram": resident.bytes if on_gpu else 0,
-        "context_length": resident.model.config.text.max_positions,
+        "context_length": window_of(resident.model.config, resident.context),
     }

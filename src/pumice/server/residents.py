@@ -6,12 +6,14 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from pumice import store
 from pumice.durations import FOREVER_NS, SECOND_NS
+from pumice.errors import UserError
+from pumice.room.memory import host
 from pumice.server.asked import Contexts
 from pumice.server.metrics import Metrics, Standing
 from pumice.server.settings import Settings
@@ -28,6 +30,8 @@ BUSY = "server busy, please try again.  maximum pending requests exceeded"
 ROWS = 64
 """Answers of one model at a time, where the settings do not say."""
 WATCH_S = 0.5
+LOW = 0.03
+"""Of the machine's memory: with less of it free, models go that nobody asks."""
 
 
 @dataclass(eq=False)
@@ -40,6 +44,8 @@ class Resident:
     keep_ns: int
     turn: asyncio.Semaphore
     """So many requests are read and answered at a time; the others wait with their bytes alone."""
+    context: int | None = None
+    """`Settings.context`."""
     users: int = 0
     ended_s: float = field(default_factory=time.time)
     """When its last answer ended, in seconds since 1970."""
@@ -132,9 +138,12 @@ class Residents:
             self._loader.submit(_let_go, resident)
 
     async def watch(self) -> None:
-        """Lets models go when their time is over; runs until it is cancelled."""
+        """Lets models go when their time is over, and the one that was asked longest ago where the machine's memory
+        runs out; runs until it is cancelled."""
         while True:
             await asyncio.sleep(WATCH_S)
+            if (idle := self._idle()) and _is_scarce():
+                self.drop(idle)
             for each in self.all:
                 if not each.users and each.keep_ns < FOREVER_NS and each.expires_s <= time.time():
                     self.drop(each)
@@ -197,7 +206,8 @@ class Residents:
                             raise
                         await self._let_one_go()
                 turn = asyncio.Semaphore(self._settings.parallel or ROWS)
-                self._residents[key] = Resident(installed, model, worker, self._settings.keep_alive_ns, turn)
+                keep_ns, context = self._settings.keep_alive_ns, self._settings.context
+                self._residents[key] = Resident(installed, model, worker, keep_ns, turn, context)
         finally:
             del self._loads[key]
 
@@ -220,6 +230,13 @@ def named(name: str) -> Installed:
     if found is None:
         raise Refused(404, f"model '{name}' not found")
     return found
+
+
+def _is_scarce() -> bool:
+    with suppress(UserError):  # PUMICE_MEMORY is no number, which a load says
+        found = host()
+        return found is not None and found.available < LOW * found.total
+    return False
 
 
 def _key(installed: Installed) -> str:
