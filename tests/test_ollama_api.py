@@ -7,6 +7,7 @@ import base64
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import pytest
 from PIL import Image
 
 import pumice
+from pumice.ollama_prompt import Turn
+from pumice.server.asked import Asked, Contexts, ready
 from served import post, served
 
 PICTURES = Path(pumice.__file__).parent.parent.parent / "examples"
@@ -233,6 +236,24 @@ def test_a_long_chat_loses_its_oldest_turns(base: str, model: pumice.Model) -> N
     refused = post(base, "/api/chat", {**body, "options": options, "truncate": False})
     assert refused.status_code == 400
     assert "tokens long" in refused.json()["error"]
+
+
+def test_a_chat_loses_turns_beyond_its_context(model: pumice.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = [(Turn("user", f"word {number} " * 60), Turn("assistant", "Yes.")) for number in range(8)]
+    chat = Asked((*(turn for pair in pairs for turn in pair), Turn("user", "Hi")))
+
+    def tokens(asked: Asked, context: int | None = None) -> int:
+        return len(ready(asked, model, Contexts(), context).seen.encoded.ids)
+
+    whole = tokens(chat)
+    assert 1200 < whole < 2048
+    assert tokens(chat, 10) == whole  # a model that sees has 2048 at least
+    monkeypatch.setattr("pumice.server.asked.LEAST_WITH_EYES", 300)
+    assert 150 < tokens(chat, 10) < 300
+    assert 600 < tokens(chat, 900) < 900
+    assert 600 < tokens(replace(chat, options={"num_ctx": 900}), 400) < 900
+    assert tokens(replace(chat, truncate=False), 10) == whole
+    assert tokens(Asked((Turn("user", "word " * 700),)), 10) > 300  # what is asked now is never cut
 
 
 def test_the_beginning_of_an_answer_is_continued(base: str) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 import httpx2
@@ -15,6 +16,9 @@ import pytest
 from PIL import Image
 
 import pumice
+from pumice.server.settings import Settings
+from pumice.server.streams import merged
+from pumice.server.worker import Chunk
 from served import post, served
 
 QUESTION = "What is in the picture?"
@@ -129,6 +133,28 @@ def test_several_answers_have_seeds_of_their_own(client: openai.OpenAI, model: p
         for each in chunk.choices:
             streamed[each.index] = streamed.get(each.index, "") + (each.delta.content or "")
     assert [streamed[each] for each in range(3)] == texts
+
+
+def test_several_answers_need_one_turn(model: pumice.Model) -> None:
+    with served(Settings(port=0, parallel=1, max_queue=2)) as base:
+        body = {"model": "pebble", "messages": SAID, "temperature": 0, "n": 4}
+        answer = httpx2.post(base + "/v1/chat/completions", json=body, timeout=30).json()
+        assert [each["message"]["content"] for each in answer["choices"]] == [model.ask("Hi").text] * 4
+
+
+def test_who_leaves_a_stream_of_several_answers_leaves_nothing_running() -> None:
+    async def source() -> AsyncGenerator[Chunk]:
+        while True:
+            yield Chunk("a")
+            await asyncio.sleep(0)
+
+    async def leave() -> None:
+        found = merged([source(), source()])
+        await anext(found)
+        await found.aclose()
+        assert len(asyncio.all_tasks()) == 1
+
+    asyncio.run(leave())
 
 
 def test_logprobs(client: openai.OpenAI) -> None:

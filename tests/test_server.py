@@ -272,6 +272,23 @@ def test_the_openapi_document_is_shown(base: str) -> None:
     assert "/api/chat" in httpx2.get(base + "/openapi.json").json()["paths"]
 
 
+# --- bugs of ours -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_bug_is_said_in_the_form_of_the_api(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug(*_: object) -> Any:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("pumice.server.answers.ready", bug)
+    monkeypatch.setattr("pumice.store.pulling.pull", lambda *_: iter(lambda: {}["a bug"], None))
+    for path, body in (("/api/chat", {}), ("/v1/chat/completions", {}), ("/api/pull", {"stream": False})):
+        answer = post(base, path, {"model": "pebble", "messages": [{"role": "user", "content": "Hi"}], **body})
+        assert answer.status_code == 500
+        error = answer.json()["error"]
+        assert "the server failed" in (error["message"] if path.startswith("/v1") else error)
+
+
 # --- requests out of the document -------------------------------------------------------------------------------------
 
 document = schemathesis.openapi.from_asgi("/openapi.json", create_app(Settings(port=0)))

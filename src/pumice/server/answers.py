@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from starlette.requests import Request
@@ -13,12 +13,14 @@ from starlette.types import Scope
 
 from pumice.errors import UserError
 from pumice.server.asked import Asked, Ready, context_ids, ready
+from pumice.server.calls import named_tools, with_calls
 from pumice.server.logs import note
 from pumice.server.metrics import Finished, Reason
 from pumice.server.residents import Resident, Residents
 
 if TYPE_CHECKING:
     from pumice.answer import Answer, Answering
+    from pumice.question import Question
     from pumice.server.worker import Chunk
 
 
@@ -79,36 +81,48 @@ class Call:
 
 
 @asynccontextmanager
-async def begun(residents: Residents, call: Call, asked: Asked) -> AsyncIterator[Coming]:
-    """The answer to a request. Leaving the block cancels what has not come.
+async def begun(residents: Residents, call: Call, asked: Asked, count: int = 1) -> AsyncIterator[list[Coming]]:
+    """So many answers to a request, which has one turn for all of them. Leaving the block cancels what has not come.
 
-    Raises Refused and UserError before its first chunk is there.
+    Raises Refused and UserError before the first chunk of each is there.
     """
-    async with residents.use(call.name, call.keep_ns) as resident, resident.turn:
+    async with residents.use(call.name, call.keep_ns) as resident, resident.turn, AsyncExitStack() as needs:
         clock = Clock(call.came_s, time.monotonic())
         model = resident.model
 
-        def read() -> tuple[Ready, Answering]:
-            found = ready(asked, model, resident.contexts)
-            return found, model.open(found.question, found.seen)
+        def read() -> tuple[Ready, list[Answering]]:
+            found = ready(asked, model, resident.contexts, resident.context)
+            return found, [model.open(nth(found.question, number), found.seen) for number in range(count)]
 
-        found, answering = await residents.read(read)
-        tally = Tally()
-        try:
-            async with aclosing(resident.worker.answer(answering)) as chunks:
-                first = await anext(chunks)
-                tally.first_s = time.monotonic() - call.came_s
-                yield Coming(clock, found, resident, tally.watched(first, chunks))
-        finally:
-            finished = tally.finished(resident, answering, call.came_s)
-            residents.metrics.finished(finished)
-            _note(call.request.scope, finished)
+        found, opened = await residents.read(read)
+        coming = []
+        for answering in opened:
+            tally = Tally(resident, answering, call)
+            needs.callback(tally.finish, residents)
+            chunks = await needs.enter_async_context(aclosing(resident.worker.answer(answering)))
+            first = await anext(chunks)
+            tally.first_s = time.monotonic() - call.came_s
+            watched = tally.watched(first, chunks)
+            tools = named_tools(asked.tools)
+            coming.append(Coming(clock, found, resident, with_calls(watched, tools) if tools else watched))
+        yield coming
+
+
+def nth(question: Question, number: int) -> Question:
+    """Of several answers each has a seed of its own."""
+    seed = question.sampling.seed
+    if seed is None or not number:
+        return question
+    return replace(question, sampling=replace(question.sampling, seed=(seed + number) % 2**63))
 
 
 @dataclass
 class Tally:
     """What becomes of one answer, for the metrics."""
 
+    resident: Resident
+    answering: Answering
+    call: Call
     first_s: float | None = None
     answer: Answer | None = None
     failed: bool = False
@@ -124,18 +138,22 @@ class Tally:
             self.failed = True
             raise
 
-    def finished(self, resident: Resident, answering: Answering, came_s: float) -> Finished:
+    def finish(self, residents: Residents) -> None:
+        """Count it, and note it in the log's line of its request."""
+        answering, answer = self.answering, self.answer
         unended: Reason = "error" if self.failed or self.first_s is None else "abort"
-        return Finished(
-            model=resident.installed.title,
-            reason=self.answer.finish_reason if self.answer else unended,
+        finished = Finished(
+            model=self.resident.installed.title,
+            reason=answer.finish_reason if answer else unended,
             prompt_tokens=len(answering.request.ids),
-            cached_tokens=self.answer.cached_tokens if self.answer else 0,
+            cached_tokens=answer.cached_tokens if answer else 0,
             generated_tokens=len(answering.steps),
             images=len(answering.request.images),
             first_token_s=self.first_s,
-            whole_s=time.monotonic() - came_s,
+            whole_s=time.monotonic() - self.call.came_s,
         )
+        residents.metrics.finished(finished)
+        _note(self.call.request.scope, finished)
 
 
 def _note(scope: Scope, finished: Finished) -> None:

@@ -73,6 +73,11 @@ def create_app(settings: Settings) -> FastAPI:
     async def refused(request: Request, error: Refused | UserError) -> Response:
         return envelope(request, *status_of(error))
 
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> Response:
+        """A bug of ours; uvicorn writes it into the log."""
+        return envelope(request, 500, f"the server failed: {type(error).__name__}; its log says more")
+
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> Response:
         return Response(status_code=499)

@@ -14,6 +14,7 @@ from pumice.options import Options
 from pumice.server.wire import Refused
 
 if TYPE_CHECKING:
+    from pumice.config import LlavaConfig
     from pumice.engine.form import Form
     from pumice.model import Model
     from pumice.question import Question, Seen
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 KEPT_CONTEXTS = 128
 KEPT_BYTES = 256 * 2**20
 """Of pictures of earlier answers, for clients that send `context`."""
+LEAST_WITH_EYES = 2048
+"""Tokens of context of a model that sees, as in Ollama."""
 
 
 @dataclass(frozen=True)
@@ -56,24 +59,39 @@ class Ready(NamedTuple):
     asked: Asked
 
 
-def ready(asked: Asked, model: Model, contexts: Contexts) -> Ready:
+def ready(asked: Asked, model: Model, contexts: Contexts, context: int | None = None) -> Ready:
     """The question that a model makes of a request. Takes as long as its pictures take to be read.
 
-    Raises UserError for what is wrong with it, Refused where the model cannot do it.
+    context: tokens beyond which a dialogue loses its oldest turns, where neither the request nor the model names a
+    number. Raises UserError for what is wrong with it, Refused where the model cannot do it.
     """
     if asked.context and (known := contexts.find(asked.context)):
         asked = replace(asked, turns=(*known.turns, *asked.turns), images=(*known.images, *asked.images), context=())
     from pumice.question import TooLong
 
+    window = window_of(model.config, _options(asked, model).num_ctx or context)
     question = _question(asked, model)
     while True:
+        shorter = _shorter(asked) if asked.truncate else None
         try:
-            return Ready(question, model.see(question), asked)
+            seen = model.see(question)
+            if shorter is None or len(seen.encoded.ids) < window:
+                return Ready(question, seen, asked)
         except TooLong:
-            shorter = _shorter(asked) if asked.truncate else None
             if shorter is None:
                 raise
-            asked, question = shorter, _question(shorter, model)
+        asked, question = shorter, _question(shorter, model)
+
+
+def window_of(config: LlavaConfig, wanted: int | None) -> int:
+    """So many tokens a dialogue may have before its oldest turns go; pictures need room, whatever is wanted."""
+    most = config.text.max_positions
+    return most if wanted is None else min(most, max(wanted, 1 if config.image is None else LEAST_WITH_EYES))
+
+
+def _options(asked: Asked, model: Model) -> Options:
+    options, _ = Options().updated(model.dressing.parameters)
+    return options.updated(asked.options)[0]
 
 
 def _question(asked: Asked, model: Model) -> Question:
@@ -83,9 +101,7 @@ def _question(asked: Asked, model: Model) -> Question:
     from pumice.sampling_options import sampling
 
     positions = model.config.text.max_positions
-    options, _ = Options().updated(model.dressing.parameters)
-    options, _ = options.updated(asked.options)
-    drawn, _ = sampling(options, context=positions)
+    drawn, _ = sampling(_options(asked, model), context=positions)
     drawn = replace(drawn, logprobs=asked.logprobs, logit_bias=asked.logit_bias)
     assert isinstance(drawn, Sampling)
     form = _form(asked)
@@ -131,9 +147,10 @@ def _insert(model: Model) -> Template:
 
 
 def _text(dialogue: Any, model: Model) -> str:
+    """As it goes on: without the turns that a model has in front."""
     from pumice.dialogue import rendered
 
-    return str(rendered(dialogue, model.dressing, model.config.template))
+    return str(rendered(dialogue, replace(model.dressing, turns=()), model.config.template))
 
 
 def _with_marks(text: str, images: int) -> str:

@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from pumice import store
 from pumice.errors import UserError
+from pumice.server.asked import window_of
 from pumice.server.documents import body
 from pumice.server.residents import Resident, Residents, named
 from pumice.server.settings import Address, Settings
@@ -84,7 +85,7 @@ def _add_changes(router: APIRouter, residents: Residents, settings: Settings) ->
         model = named(text)
         if model.place != "pumice":
             raise Refused(400, f"model '{text:.200}' lies in a place that pumice leaves as it is")
-        await residents.stop(text)
+        residents.stop(text)
         await asyncio.to_thread(store.own_store().remove, Name.parse(text))
         return Response()
 
@@ -174,13 +175,14 @@ async def _aside(steps: Iterator[Progress]) -> AsyncIterator[Progress]:
     loop, unwanted = asyncio.get_running_loop(), threading.Event()
 
     def work() -> None:
-        end: Refused | UserError | None = None
+        end: Refused | UserError | None = Refused(500, "the server failed; its log says more")
         try:
             with closing(steps) if isinstance(steps, Generator) else nullcontext():
                 for step in steps:
                     if unwanted.is_set():
                         return
                     loop.call_soon_threadsafe(queue.put_nowait, step)
+            end = None
         except (UserError, Refused) as error:
             end = error
         except OSError as error:
@@ -252,5 +254,5 @@ def _resident(resident: Resident) -> dict[str, Any]:
         "size": resident.bytes,
         "expires_at": timestamp(min(resident.expires_s, time.time() + FOREVER_S)),
         "size_vram": resident.bytes if on_gpu else 0,
-        "context_length": resident.model.config.text.max_positions,
+        "context_length": window_of(resident.model.config, resident.context),
     }

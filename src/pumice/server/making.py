@@ -56,7 +56,7 @@ def routes(residents: Residents, settings: Settings) -> APIRouter:
         recipe = creating.asked(fields.values, own)
         if settings.offline and recipe.source and store.find(recipe.source) is None:
             raise offline("pull")
-        await residents.stop(str(name))
+        residents.stop(str(name))
         return await told(creating.create(name, recipe, own), fields.flag("stream", True))
 
     return router

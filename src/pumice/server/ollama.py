@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from pumice.store import Installed, Stored, facts
 
 if TYPE_CHECKING:
     from pumice.answer import Answer
+    from pumice.server.calls import ToolCall
     from pumice.server.worker import Likely
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -136,9 +137,15 @@ class Exchange:
     came_s: float
     kind: str
 
-    def said(self, text: str) -> dict[str, Any]:
-        """Text as this API has it."""
-        return {"message": {"role": "assistant", "content": text}} if self.kind == "chat" else {"response": text}
+    def said(self, text: str, calls: Sequence[ToolCall] = ()) -> dict[str, Any]:
+        """Text as this API has it, and calls of tools."""
+        if self.kind != "chat":
+            return {"response": text}
+        called = [
+            {"id": each.id, "function": {"index": index, "name": each.name, "arguments": each.arguments}}
+            for index, each in enumerate(calls)
+        ]
+        return {"message": {"role": "assistant", "content": text, **({"tool_calls": called} if called else {})}}
 
 
 async def _answered(residents: Residents, common: Common, exchange: Exchange) -> Response:
@@ -146,21 +153,22 @@ async def _answered(residents: Residents, common: Common, exchange: Exchange) ->
     async with needs:
         call = Call(exchange.request, common.name, common.keep_ns, exchange.came_s)
         opening = begun(residents, call, exchange.asked)
-        coming = await unless_gone(exchange.request, needs.enter_async_context(opening))
+        (coming,) = await unless_gone(exchange.request, needs.enter_async_context(opening))
         if common.streams:
             return Streamed(_lines(common.name, exchange, coming), needs.pop_all(), NDJSON)
         text, chunks, answer = await unless_gone(exchange.request, coming.whole())
         likely = [each for chunk in chunks for each in chunk.likely]
         told = {"logprobs": [_told(each) for each in likely]} if likely else {}
-        return JSONResponse({**_head(common.name), **exchange.said(text), **told, **_end(exchange, coming, answer)})
+        said = exchange.said(text, chunks[-1].calls)
+        return JSONResponse({**_head(common.name), **said, **told, **_end(exchange, coming, answer)})
 
 
-async def _lines(name: str, exchange: Exchange, coming: Coming) -> AsyncIterator[bytes]:
+async def _lines(name: str, exchange: Exchange, coming: Coming) -> AsyncGenerator[bytes]:
     try:
         async for chunk in coming.chunks:
             told = {"logprobs": [_told(each) for each in chunk.likely]} if chunk.likely else {}
-            if chunk.text or told:
-                yield line({**_head(name), **exchange.said(chunk.text), "done": False, **told})
+            if chunk.text or told or chunk.calls:
+                yield line({**_head(name), **exchange.said(chunk.text, chunk.calls), "done": False, **told})
             if chunk.answer is not None:
                 yield line({**_head(name), **exchange.said(""), **_end(exchange, coming, chunk.answer)})
     except (UserError, Refused) as error:
@@ -196,7 +204,7 @@ async def _load(residents: Residents, common: Common, said: Mapping[str, Any]) -
 
 
 async def _unload(residents: Residents, common: Common, said: Mapping[str, Any]) -> Response:
-    await residents.stop(common.name)
+    residents.stop(common.name)
     return JSONResponse({**_head(common.name), **said, "done": True, "done_reason": "unload"})
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from pumice.server.wire import Fields, Refused
 
 if TYPE_CHECKING:
     from pumice.answer import Answer
-    from pumice.server.worker import Likely
+    from pumice.server.worker import Chunk, Likely
 
 MOST_ANSWERS = 16
 FINGERPRINT = "fp_pumice"
@@ -125,51 +125,62 @@ class Order:
 async def _answered(residents: Residents, request: Request, order: Order, asked: Asked) -> Response:
     needs = AsyncExitStack()
     async with needs:
-        coming = []
-        for number in range(order.count):
-            opening = begun(residents, Call(request, order.name, order.keep_ns, order.came_s), _nth(asked, number))
-            coming.append(await unless_gone(request, needs.enter_async_context(opening)))
+        call = Call(request, order.name, order.keep_ns, order.came_s)
+        coming = await unless_gone(request, needs.enter_async_context(begun(residents, call, asked, order.count)))
         if order.streams:
             return Streamed(_frames(order, coming), needs.pop_all(), "text/event-stream")
         choices, answers = [], []
         for index, each in enumerate(coming):
             text, chunks, answer = await unless_gone(request, each.whole())
             likely = [one for chunk in chunks for one in chunk.likely]
-            said = {"message": {"role": "assistant", "content": text}} if order.chats else {"text": text}
+            message = {"role": "assistant", "content": text, **_called(chunks[-1])}
+            said = {"message": message} if order.chats else {"text": text}
             told = {"logprobs": _told(order, likely)} if asked.logprobs is not None else {}
-            choices.append({"index": index, **said, **told, "finish_reason": answer.finish_reason})
+            choices.append({"index": index, **said, **told, "finish_reason": _reason(chunks[-1])})
             answers.append(answer)
         return JSONResponse(order.envelope(choices, usage=_usage(answers)))
 
 
-def _nth(asked: Asked, number: int) -> Asked:
-    """Of several answers each has a seed of its own."""
-    seed = asked.options.get("seed")
-    if not number or not isinstance(seed, int):
-        return asked
-    return replace(asked, options={**asked.options, "seed": (seed + number) % 2**63})
-
-
-async def _frames(order: Order, coming: list[Coming]) -> AsyncIterator[bytes]:
+async def _frames(order: Order, coming: list[Coming]) -> AsyncGenerator[bytes]:
     answers: list[Answer] = []
     begun_: set[int] = set()
     try:
-        async for index, chunk in merged([each.chunks for each in coming]):
-            told = {"logprobs": _told(order, chunk.likely)} if chunk.likely else {}
-            if chunk.text or told or (index not in begun_ and chunk.answer is not None):
-                role = {} if index in begun_ else {"role": "assistant"}
-                said = {"delta": {**role, "content": chunk.text}} if order.chats else {"text": chunk.text}
-                yield _frame(order.envelope([{"index": index, **said, **told, "finish_reason": None}]))
-                begun_.add(index)
-            if chunk.answer is not None:
-                end: dict[str, Any] = {"delta": {}} if order.chats else {"text": ""}
-                yield _frame(order.envelope([{"index": index, **end, "finish_reason": chunk.answer.finish_reason}]))
-                answers.append(chunk.answer)
+        async with aclosing(merged([each.chunks for each in coming])) as found:
+            async for index, chunk in found:
+                told = {"logprobs": _told(order, chunk.likely)} if chunk.likely else {}
+                if chunk.text or told or chunk.calls or (index not in begun_ and chunk.answer is not None):
+                    role = {} if index in begun_ else {"role": "assistant"}
+                    said = (
+                        {"delta": {**role, "content": chunk.text, **_called(chunk)}}
+                        if order.chats
+                        else {"text": chunk.text}
+                    )
+                    yield _frame(order.envelope([{"index": index, **said, **told, "finish_reason": None}]))
+                    begun_.add(index)
+                if chunk.answer is not None:
+                    end: dict[str, Any] = {"delta": {}} if order.chats else {"text": ""}
+                    yield _frame(order.envelope([{"index": index, **end, "finish_reason": _reason(chunk)}]))
+                    answers.append(chunk.answer)
         if order.usage:
             yield _frame(order.envelope([], usage=_usage(answers)))
         yield b"data: [DONE]\n\n"
     except (UserError, Refused) as error:
         yield _frame({"error": error_object(*status_of(error))})
+
+
+def _reason(last: Chunk) -> str:
+    assert last.answer is not None, "an answer ended without its end"
+    return "tool_calls" if last.calls else last.answer.finish_reason
+
+
+def _called(chunk: Chunk) -> dict[str, Any]:
+    """Calls of tools, whose arguments are a text here."""
+    calls = [
+        {"index": index, "id": each.id, "type": "function",
+         "function": {"name": each.name, "arguments": json.dumps(each.arguments)}}
+        for index, each in enumerate(chunk.calls)
+    ]  # fmt: skip
+    return {"tool_calls": calls} if calls else {}
 
 
 def _frame(value: Mapping[str, Any]) -> bytes:

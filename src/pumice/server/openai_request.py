@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -129,9 +130,21 @@ async def chat_turns(
         if len(images) + len(urls) > settings.max_images:
             raise Refused(400, f"too many images came with the request; {settings.max_images} are taken at most")
         images += [await _image(url, remote, residents) for url in urls]
-        calls = [call for call in each.items("tool_calls") if isinstance(call, dict)]
+        calls = [_call(call) for call in each.items("tool_calls") if isinstance(call, dict)]
         turns.append(Turn(role, content, len(urls), "", calls, each.text("name"), each.text("tool_call_id")))
     return tuple(turns), tuple(images)
+
+
+def _call(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A call of a tool as templates know it: its arguments are a text here, and an object there. Raises Refused."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(text := function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        raise Refused(400, "invalid tool call arguments: they are no JSON") from None
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _content(message: Fields) -> tuple[str, list[str]]:
@@ -163,7 +176,7 @@ def _content(message: Fields) -> tuple[str, list[str]]:
 
 async def _image(url: str, remote: Remote, residents: Residents) -> bytes:
     if url.lower().startswith(REMOTE):
-        return await residents.read(lambda: remote.fetch(url))
+        return await residents.read(lambda: remote.fetch(url), slow=True)
     if ":" in url[:30] and not url.startswith("data:"):
         raise Refused(400, "invalid image input: give a data: URL with base64")
     head = url.partition(",")[0].lower() if url.startswith("data:") else ""

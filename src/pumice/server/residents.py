@@ -6,13 +6,14 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from pumice import store
 from pumice.durations import FOREVER_NS, SECOND_NS
 from pumice.errors import UserError
+from pumice.room.memory import host
 from pumice.server.asked import Contexts
 from pumice.server.metrics import Metrics, Standing
 from pumice.server.settings import Settings
@@ -29,6 +30,8 @@ BUSY = "server busy, please try again.  maximum pending requests exceeded"
 ROWS = 64
 """Answers of one model at a time, where the settings do not say."""
 WATCH_S = 0.5
+LOW = 0.03
+"""Of the machine's memory: with less of it free, models go that nobody asks."""
 
 
 @dataclass(eq=False)
@@ -41,6 +44,8 @@ class Resident:
     keep_ns: int
     turn: asyncio.Semaphore
     """So many requests are read and answered at a time; the others wait with their bytes alone."""
+    context: int | None = None
+    """`Settings.context`."""
     users: int = 0
     ended_s: float = field(default_factory=time.time)
     """When its last answer ended, in seconds since 1970."""
@@ -64,10 +69,16 @@ class Residents:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._residents: dict[str, Resident] = {}
+        self._loads: dict[str, asyncio.Task[None]] = {}
         self._loading = asyncio.Lock()
+        self._ended = asyncio.Event()
+        """Set whenever the last answer of a model ends."""
         self._loader = ThreadPoolExecutor(1, "loading")
-        self.readers = ThreadPoolExecutor(2, "reading")
+        """Models come and go here, one after the other: who waits for room waits for what goes."""
+        self._readers = ThreadPoolExecutor(2, "reading")
         """Where pictures are decoded and prompts are cut into tokens."""
+        self._others = ThreadPoolExecutor(4, "working")
+        """Where what takes longer is done, so that no question waits to be read: vectors, pictures from elsewhere."""
         self.pending = 0
         self.metrics = Metrics(self._standings)
 
@@ -98,8 +109,10 @@ class Residents:
             finally:
                 resident.users -= 1
                 resident.ended_s = time.time()
-                if resident.keep_ns == 0 and not resident.users:
-                    await self.drop(resident)
+                if not resident.users:
+                    self._ended.set()
+                    if resident.keep_ns == 0:
+                        self.drop(resident)
         finally:
             self.pending -= 1
 
@@ -108,39 +121,49 @@ class Residents:
         installed = store.find(name)
         return None if installed is None else self._residents.get(_key(installed))
 
-    async def stop(self, name: str) -> bool:
+    def stop(self, name: str) -> bool:
         """Let a model go as soon as its answers have ended. Whether it was in memory."""
         resident = self.find(name)
         if resident is None:
             return False
         resident.keep_ns = 0
         if not resident.users:
-            await self.drop(resident)
+            self.drop(resident)
         return True
 
-    async def drop(self, resident: Resident) -> None:
-        """Let a model go at once; answers under way fail."""
-        if self._residents.pop(_key(resident.installed), None) is resident:
-            await self._in(self._loader, lambda: _let_go(resident))
+    def drop(self, resident: Resident) -> None:
+        """Let a model go; answers under way fail. Nobody waits for it but the next load."""
+        if self._residents.get(key := _key(resident.installed)) is resident:
+            del self._residents[key]
+            self._loader.submit(_let_go, resident)
 
     async def watch(self) -> None:
-        """Lets models go when their time is over; runs until it is cancelled."""
+        """Lets models go when their time is over, and the one that was asked longest ago where the machine's memory
+        runs out; runs until it is cancelled."""
         while True:
             await asyncio.sleep(WATCH_S)
+            if (idle := self._idle()) and _is_scarce():
+                self.drop(idle)
             for each in self.all:
                 if not each.users and each.keep_ns < FOREVER_NS and each.expires_s <= time.time():
-                    await self.drop(each)
+                    self.drop(each)
 
     async def close(self) -> None:
-        for each in self.all:
-            await self.drop(each)
+        loads = list(self._loads.values())
+        for each in loads:
+            each.cancel()
+        await asyncio.gather(*loads, return_exceptions=True)
+        for resident in self.all:
+            self.drop(resident)
         self._loader.shutdown()
-        self.readers.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._readers, self._others):
+            pool.shutdown(wait=False, cancel_futures=True)
 
-    async def read(self, work: Callable[[], T]) -> T:
-        """Do what takes time in a thread. Raises what it raises, Refused where memory runs out."""
+    async def read(self, work: Callable[[], T], *, slow: bool = False) -> T:
+        """Do what takes time in a thread; what is slow keeps no question waiting. Raises what it raises, Refused where
+        memory runs out."""
         try:
-            return await self._in(self.readers, work)
+            return await self._in(self._others if slow else self._readers, work)
         except MemoryError:
             raise Refused(503, "there is not enough memory for this request; send fewer or smaller images") from None
 
@@ -157,29 +180,44 @@ class Residents:
 
     async def _resident(self, installed: Installed) -> Resident:
         key = _key(installed)
-        if key not in self._residents:
+        while (found := self._residents.get(key)) is None or not found.worker.alive:
+            if found is not None:
+                self.drop(found)
+            if key not in self._loads:
+                self._loads[key] = asyncio.create_task(self._load(installed))
+            # A load goes on when who asked for it leaves: the next who asks finds the model.
+            await asyncio.shield(self._loads[key])
+        return found
+
+    async def _load(self, installed: Installed) -> None:
+        from pumice.room.fitting import NoRoom
+
+        key = _key(installed)
+        try:
             async with self._loading:
-                if key not in self._residents:
-                    self._residents[key] = await self._loaded(installed)
-        return self._residents[key]
+                while True:
+                    while len(self._residents) >= self._settings.max_models:
+                        await self._let_one_go()
+                    try:
+                        model, worker = await self._in(self._loader, lambda: _load(installed.title, self._settings))
+                        break
+                    except NoRoom:
+                        if not self._residents:
+                            raise
+                        await self._let_one_go()
+                turn = asyncio.Semaphore(self._settings.parallel or ROWS)
+                keep_ns, context = self._settings.keep_alive_ns, self._settings.context
+                self._residents[key] = Resident(installed, model, worker, keep_ns, turn, context)
+        finally:
+            del self._loads[key]
 
-    async def _loaded(self, installed: Installed) -> Resident:
-        """Where there is no room, the model that was asked longest ago and is idle goes first."""
-        while len(self._residents) >= self._settings.max_models and (idle := self._idle()):
-            await self.drop(idle)
-        while True:
-            try:
-                model, worker = await self._in(self._loader, lambda: _load(installed.title, self._settings))
-                break
-            except UserError as error:
-                from pumice.room.fitting import NoRoom
-
-                idle = self._idle()
-                if idle is None or not isinstance(error, NoRoom):
-                    raise
-                await self.drop(idle)
-        turn = asyncio.Semaphore(self._settings.parallel or ROWS)
-        return Resident(installed, model, worker, self._settings.keep_alive_ns, turn)
+    async def _let_one_go(self) -> None:
+        """The model that was asked longest ago and is idle; or wait until there is one."""
+        if idle := self._idle():
+            self.drop(idle)
+        else:
+            self._ended.clear()
+            await self._ended.wait()
 
     def _idle(self) -> Resident | None:
         free = [each for each in self._residents.values() if not each.users]
@@ -192,6 +230,13 @@ def named(name: str) -> Installed:
     if found is None:
         raise Refused(404, f"model '{name}' not found")
     return found
+
+
+def _is_scarce() -> bool:
+    with suppress(UserError):  # PUMICE_MEMORY is no number, which a load says
+        found = host()
+        return found is not None and found.available < LOW * found.total
+    return False
 
 
 def _key(installed: Installed) -> str:
@@ -214,5 +259,6 @@ def _let_go(resident: Resident) -> None:
     import gc
 
     resident.worker.close()
-    del resident.model, resident.worker
+    if not resident.users:  # who still has it is told that it is gone
+        del resident.model, resident.worker
     gc.collect()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from contextlib import AsyncExitStack, aclosing, suppress
 from typing import TYPE_CHECKING, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -12,7 +12,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from pumice.errors import UserError
-from pumice.server.wire import Refused
+from pumice.server.wire import Fault, Refused
 
 if TYPE_CHECKING:
     from pumice.server.worker import Chunk
@@ -23,12 +23,12 @@ T = TypeVar("T")
 class Streamed(StreamingResponse):
     """A response that comes in pieces; what it needs is let go when it is over, however it ends."""
 
-    def __init__(self, pieces: AsyncIterator[bytes], needs: AsyncExitStack, media_type: str) -> None:
+    def __init__(self, pieces: AsyncGenerator[bytes], needs: AsyncExitStack, media_type: str) -> None:
         super().__init__(pieces, media_type=media_type)
-        self._needs = needs
+        self._pieces, self._needs = pieces, needs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._needs:
+        async with self._needs, aclosing(self._pieces):
             await super().__call__(scope, receive, send)
 
 
@@ -52,7 +52,7 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def merged(sources: Sequence[AsyncIterator[Chunk]]) -> AsyncIterator[tuple[int, Chunk]]:
+async def merged(sources: Sequence[AsyncIterator[Chunk]]) -> AsyncGenerator[tuple[int, Chunk]]:
     """What several answers give, as it comes, each with the answer's place."""
     if len(sources) == 1:
         async for chunk in sources[0]:
@@ -82,6 +82,7 @@ async def merged(sources: Sequence[AsyncIterator[Chunk]]) -> AsyncIterator[tuple
     finally:
         for each in tasks:
             each.cancel()
+        await asyncio.wait(tasks)
 
 
 def error_object(status: int, message: str) -> dict[str, object]:
@@ -94,4 +95,4 @@ def status_of(error: UserError | Refused) -> tuple[int, str]:
     """The status and the words of an error."""
     if isinstance(error, Refused):
         return error.status, error.message
-    return 400, f"{error.message}: {error.hint}"
+    return 500 if isinstance(error, Fault) else 400, f"{error.message}: {error.hint}"

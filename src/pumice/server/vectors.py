@@ -37,10 +37,14 @@ def routes(residents: Residents, settings: Settings) -> APIRouter:
         """Vectors, the tokens of each, and the seconds until the model was there."""
         began_s = time.monotonic()
         keep_ns = keep_alive(fields.any("keep_alive"))
-        async with residents.use(required(fields), keep_ns) as resident, resident.turn:
-            loaded_s, model = time.monotonic() - began_s, resident.model
-            found, tokens = await unless_gone(request, residents.read(lambda: wanted.of(model)))
-            return found, tokens, loaded_s
+
+        async def whole() -> tuple[list[list[float]], list[int], float]:
+            async with residents.use(required(fields), keep_ns) as resident, resident.turn:
+                loaded_s, model = time.monotonic() - began_s, resident.model
+                found, tokens = await residents.read(lambda: wanted.of(model), slow=True)
+                return found, tokens, loaded_s
+
+        return await unless_gone(request, whole())
 
     @router.post("/api/embed", openapi_extra=body("EmbedRequest"))
     async def embed(request: Request) -> Response:

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from pumice.errors import UserError
+
 NDJSON = "application/x-ndjson"
 
 _KINDS = {bool: "bool", int: "number", float: "number", str: "string", list: "array", dict: "object"}
@@ -27,6 +29,10 @@ class Refused(Exception):
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status, self.message = status, message
+
+
+class Fault(UserError):
+    """What went wrong here, and not with what was asked."""
 
 
 class Fields:

@@ -15,14 +15,20 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pumice.errors import UserError
+from pumice.server.wire import Fault
 
 if TYPE_CHECKING:
     from pumice.answer import Answer, Answering
     from pumice.engine import Step
     from pumice.model import Model
+    from pumice.server.calls import ToolCall
 
 REPEATS = 30
 """So many times the same token, and the answer is ended; Ollama's number."""
+BUGS = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError,
+        ValueError)  # fmt: skip
+"""What an engine may fail with that is no UserError."""
+GONE = Fault("the model was unloaded", hint="ask again")
 
 
 @dataclass(frozen=True)
@@ -37,11 +43,12 @@ class Likely:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What has come of an answer since the last one. `answer` comes with the last."""
+    """What has come of an answer since the last one. `answer` and `calls` come with the last."""
 
     text: str
     likely: tuple[Likely, ...] = ()
     answer: Answer | None = None
+    calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(eq=False)
@@ -97,6 +104,11 @@ class Worker:
         """For how long there was work and no step came to its end."""
         return time.monotonic() - self.seen_alive_s if self.waiting else 0.0
 
+    @property
+    def alive(self) -> bool:
+        """Whether it takes questions: not after `close`, nor after a bug of ours."""
+        return not self._closing
+
     def close(self) -> None:
         """Answers under way fail; returns when the thread has ended."""
         with self._wake:
@@ -107,30 +119,28 @@ class Worker:
     def _hand(self, job: Job) -> None:
         with self._wake:
             if self._closing:
-                raise UserError("the model was unloaded", hint="ask again")
+                raise GONE
             if not self.waiting:
                 self.seen_alive_s = time.monotonic()
             self._arrived.append(job)
             self._wake.notify()
 
     def _run(self) -> None:
+        end = GONE
         try:
             while self._admit():
-                error: UserError | None = None
-                try:
-                    self._model.step()
-                except (MemoryError, RuntimeError, ValueError, AssertionError) as problem:
-                    # A bug of ours must not leave everybody waiting; the next question is tried afresh.
-                    logging.getLogger("pumice").error("a step of the engine failed", exc_info=problem)
-                    error = UserError(f"the engine failed: {type(problem).__name__}", hint="the server's log says more")
+                self._model.step()
                 self.seen_alive_s = time.monotonic()
-                self._deliver(error)
+                self._deliver()
+        except BUGS as bug:
+            # What it leaves of the engine nobody knows: the model is loaded afresh for the next question.
+            logging.getLogger("pumice").error("the engine failed; its model is given up", exc_info=bug)
+            end = Fault(f"the engine failed: {type(bug).__name__}", hint="the server's log says more; ask again")
         finally:
             with self._wake:
                 self._closing = True
-                self._active += self._arrived
-                self._arrived = []
-            self._deliver(UserError("the model was unloaded", hint="ask again"))
+                left, self._active, self._arrived = [*self._active, *self._arrived], [], []
+            _put([(job, end) for job in left])
 
     def _admit(self) -> bool:
         """Wait for work, start what has arrived, cancel what nobody wants any more. False: it is over."""
@@ -140,26 +150,22 @@ class Worker:
             if self._closing:
                 return False
             arrived, self._arrived = self._arrived, []
+            self._active += arrived
         for job in arrived:
             try:
                 job.answering.start()
-                self._active.append(job)
             except UserError as error:
+                self._active.remove(job)
                 _put([(job, error)])
         for job in [each for each in self._active if each.unwanted]:
             job.answering.cancel()
             self._active.remove(job)
         return True
 
-    def _deliver(self, error: UserError | None) -> None:
+    def _deliver(self) -> None:
         """Hand over what came, to each event loop at once."""
         found: list[tuple[Job, Chunk | UserError]] = []
         for job in self._active:
-            if error is not None:
-                job.answering.cancel()
-                job.ended = True
-                found.append((job, error))
-                continue
             try:
                 chunk = self._chunk(job)
             except UserError as problem:
