@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import time
+from collections.abc import Callable
 
 TIDY_S = 5.0
 
@@ -15,8 +16,9 @@ class Heap:
     alone."""
 
     def __init__(self) -> None:
-        library = ctypes.CDLL(None) if sys.platform == "linux" else None
-        self._trim = library.malloc_trim if hasattr(library, "malloc_trim") else None
+        self._trim: Callable[[int], int] | None = None
+        if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+            self._trim = library.malloc_trim
         self._tidied_s = time.monotonic()
 
     def tidy(self) -> None:
