@@ -18,6 +18,7 @@ from pumice.server import residents as module
 from pumice.server.asked import Asked, ready
 from pumice.server.residents import Resident, Residents
 from pumice.server.settings import Settings
+from pumice.server.worker import Worker
 
 load = module._load
 
@@ -186,5 +187,15 @@ def test_an_idle_model_goes_where_memory_runs_out(monkeypatch: pytest.MonkeyPatc
         await asyncio.sleep(0.7)
         assert residents.all == [busy]
         watching.cancel()
+
+    run(work)
+
+
+def test_nobody_waits_where_one_request_has_several_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(residents: Residents) -> None:
+        async with residents.use("pebble"):
+            with monkeypatch.context() as patch:
+                patch.setattr(Worker, "waiting", 3)
+                assert [(each.running, each.waiting) for each in residents._standings()] == [(3, 0)]
 
     run(work)

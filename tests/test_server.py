@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -101,6 +102,23 @@ def test_blobs(base: str, places: Path) -> None:
     wrong = httpx2.post(f"{base}/api/blobs/sha256:{'0' * 64}", content=data)
     assert (wrong.status_code, wrong.json()["error"][:30]) == (400, 'digest mismatch, expected "sha'[:30])
     assert httpx2.head(f"{base}/api/blobs/xyz").status_code == 400
+
+
+@pytest.mark.parametrize("prunes", [True, False])
+def test_what_a_stopped_upload_left_is_removed_at_the_start(places: Path, prunes: bool) -> None:
+    with served(Settings(port=0)) as base:
+        for data in (b"old", b"new"):
+            post_url = f"{base}/api/blobs/sha256:{hashlib.sha256(data).hexdigest()}"
+            assert httpx2.post(post_url, content=data).status_code == 201
+    blobs = places / "home" / "models" / "blobs"
+    old = blobs / f"sha256-{hashlib.sha256(b'old').hexdigest()}"
+    os.utime(old, (0, 0))
+    with served(Settings(port=0, prunes=prunes)):
+        ends = time.monotonic() + (10 if prunes else 0.5)
+        while old.exists() and time.monotonic() < ends:
+            time.sleep(0.02)
+    assert old.exists() != prunes
+    assert len(list(blobs.glob("sha256-*"))) == (1 if prunes else 2)
 
 
 @pytest.mark.usefixtures("places")

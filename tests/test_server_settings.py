@@ -101,6 +101,7 @@ def test_all_said() -> None:
             "OLLAMA_MAX_QUEUE": "0",
             "OLLAMA_MAX_LOADED_MODELS": "2",
             "OLLAMA_DEBUG": "2",
+            "OLLAMA_NOPRUNE": "1",
             "PUMICE_API_KEY": "one,two,one",
             "PUMICE_OFFLINE": "true",
             "PUMICE_REMOTE_IMAGES": "ON",
@@ -111,6 +112,7 @@ def test_all_said() -> None:
     assert (found.keep_alive_ns, found.parallel, found.context) == (90 * SECOND, 4, 8192)
     assert (found.max_queue, found.max_models, found.keys) == (0, 2, ("one", "two"))
     assert found.debug
+    assert not found.prunes
     assert found.offline
     assert found.remote_images
     assert Settings.of({}, Address.of("127.0.0.2:9")) == Settings(host="127.0.0.2", port=9)

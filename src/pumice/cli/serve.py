@@ -40,9 +40,9 @@ def serve(
     pumice serve
 
     Ollama's variables count: OLLAMA_HOST, OLLAMA_ORIGINS, OLLAMA_KEEP_ALIVE, OLLAMA_NUM_PARALLEL,
-    OLLAMA_CONTEXT_LENGTH, OLLAMA_MAX_QUEUE, OLLAMA_MAX_LOADED_MODELS, OLLAMA_MODELS. Own ones: PUMICE_API_KEY (needed
-    where other machines reach the address), PUMICE_API_KEY_FILE, PUMICE_OFFLINE, PUMICE_REMOTE_IMAGES,
-    PUMICE_OPEN_BIND, PUMICE_HOME.
+    OLLAMA_CONTEXT_LENGTH, OLLAMA_MAX_QUEUE, OLLAMA_MAX_LOADED_MODELS, OLLAMA_NOPRUNE, OLLAMA_MODELS. Own ones:
+    PUMICE_API_KEY (needed where other machines reach the address), PUMICE_API_KEY_FILE, PUMICE_OFFLINE,
+    PUMICE_REMOTE_IMAGES, PUMICE_OPEN_BIND, PUMICE_HOME.
     """
     from pumice.server.settings import Address, Settings
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
@@ -13,6 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
 
+from pumice import store
 from pumice.errors import UserError
 from pumice.server import library, making, ollama, openai, own, vectors
 from pumice.server.guard import Guard
@@ -37,6 +40,8 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         watching = asyncio.create_task(residents.watch())
+        if settings.prunes:
+            threading.Thread(target=_prune, name="pruning", daemon=True).start()
         try:
             yield
         finally:
@@ -92,6 +97,15 @@ def create_app(settings: Settings) -> FastAPI:
         return envelope(request, 400, str(error.errors()[:1])[:300])
 
     return app
+
+
+def _prune() -> None:
+    own = store.own_store()
+    if own.root.is_dir():
+        try:
+            own.prune()
+        except UserError as error:
+            logging.getLogger("pumice").warning("the store was not pruned: %s", error)
 
 
 def envelope(request: Request, status: int, message: str) -> Response:

@@ -171,12 +171,12 @@ class Residents:
         return await asyncio.get_running_loop().run_in_executor(executor, work)
 
     def _standings(self) -> list[Standing]:
+        # A request may have several answers under way.
         return [
-            Standing(
-                each.installed.title, each.worker.waiting, each.users - each.worker.waiting, each.model.cache_share
-            )
+            Standing(each.installed.title, at_work := each.worker.waiting, max(0, each.users - at_work),
+                     each.model.cache_share)
             for each in self._residents.values()
-        ]
+        ]  # fmt: skip
 
     async def _resident(self, installed: Installed) -> Resident:
         key = _key(installed)

@@ -83,7 +83,7 @@ class Settings:
     context: int | None = None
     """Tokens of context where a request names none; None leaves it to the model."""
     max_queue: int = 512
-    """Requests that wait at most; one more is refused with 503."""
+    """Requests that are answered or wait at most; one more is refused with 503."""
     max_models: int = 3
     """Models in memory at most."""
     keys: tuple[str, ...] = ()
@@ -101,6 +101,8 @@ class Settings:
     """Pictures of one request."""
     request_read_s: float = 120.0
     """How long a request's body may take to come; how long a model's file, or who reads an answer, may stand still."""
+    prunes: bool = True
+    """At its start, files of pumice's own store that belong to no model are removed."""
     drain_s: float = 30.0
     """How long answers may take to end, once the server is told to stop."""
     stuck_s: float = 120.0
@@ -119,8 +121,8 @@ class Settings:
         """What the variables say, and `address` in place of OLLAMA_HOST. Raises UserError for what cannot be read.
 
         Ollama's: OLLAMA_HOST, OLLAMA_ORIGINS, OLLAMA_KEEP_ALIVE, OLLAMA_NUM_PARALLEL, OLLAMA_CONTEXT_LENGTH,
-        OLLAMA_MAX_QUEUE, OLLAMA_MAX_LOADED_MODELS, OLLAMA_DEBUG. Own: PUMICE_API_KEY (several with commas),
-        PUMICE_API_KEY_FILE (one a line), PUMICE_OFFLINE, PUMICE_REMOTE_IMAGES, PUMICE_OPEN_BIND.
+        OLLAMA_MAX_QUEUE, OLLAMA_MAX_LOADED_MODELS, OLLAMA_NOPRUNE, OLLAMA_DEBUG. Own: PUMICE_API_KEY (several with
+        commas), PUMICE_API_KEY_FILE (one a line), PUMICE_OFFLINE, PUMICE_REMOTE_IMAGES, PUMICE_OPEN_BIND.
         """
         said = {name: _bare(value) for name, value in environment.items()}
         address = address or Address.of(said.get("OLLAMA_HOST", ""))
@@ -134,7 +136,8 @@ class Settings:
             max_queue=_count(said, "OLLAMA_MAX_QUEUE", cls.max_queue),
             max_models=_count(said, "OLLAMA_MAX_LOADED_MODELS") or cls.max_models,
             keys=keys(environment),
-            debug=said.get("OLLAMA_DEBUG", "0") not in _GO_NO | {""},  # Go's ParseBool; any other word is yes
+            debug=_go_flag(said, "OLLAMA_DEBUG"),
+            prunes=not _go_flag(said, "OLLAMA_NOPRUNE"),
             offline=_flag(said, "PUMICE_OFFLINE"),
             remote_images=_flag(said, "PUMICE_REMOTE_IMAGES"),
             open_bind=_flag(said, "PUMICE_OPEN_BIND"),
@@ -218,6 +221,11 @@ def _count(said: Mapping[str, str], name: str, default: int = 0) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text):
         raise UserError(f"{name}: {shortened(text)} is no whole number from 0", hint=f"set {name} to a number")
     return int(text)
+
+
+def _go_flag(said: Mapping[str, str], name: str) -> bool:
+    """As Go's ParseBool; any other word is yes."""
+    return said.get(name, "") not in _GO_NO | {""}
 
 
 def _flag(said: Mapping[str, str], name: str) -> bool:
