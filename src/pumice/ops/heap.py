@@ -6,6 +6,7 @@ import ctypes
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 TIDY_S = 5.0
 
@@ -17,8 +18,9 @@ class Heap:
 
     def __init__(self) -> None:
         self._trim: Callable[[int], int] | None = None
-        if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
-            self._trim = library.malloc_trim
+        if sys.platform == "linux":
+            with suppress(AttributeError):  # musl has none
+                self._trim = ctypes.CDLL(None).malloc_trim
         self._tidied_s = time.monotonic()
 
     def tidy(self) -> None:
