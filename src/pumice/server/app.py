@@ -73,6 +73,11 @@ def create_app(settings: Settings) -> FastAPI:
         """For Prometheus."""
         return Response(residents.metrics.text(), media_type=CONTENT_TYPE)
 
+    _add_errors(app)
+    return app
+
+
+def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(Refused)
     @app.exception_handler(UserError)
     async def refused(request: Request, error: Refused | UserError) -> Response:
@@ -95,8 +100,6 @@ def create_app(settings: Settings) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         return envelope(request, 400, str(error.errors()[:1])[:300])
-
-    return app
 
 
 def _prune() -> None:

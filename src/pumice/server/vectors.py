@@ -41,8 +41,7 @@ def routes(residents: Residents, settings: Settings) -> APIRouter:
         async def whole() -> tuple[list[list[float]], list[int], float]:
             async with residents.use(required(fields), keep_ns) as resident, resident.turn:
                 loaded_s, model = time.monotonic() - began_s, resident.model
-                found, tokens = await residents.read(lambda: wanted.of(model), slow=True)
-                return found, tokens, loaded_s
+                return (*await residents.read(lambda: wanted.of(model), slow=True), loaded_s)
 
         return await unless_gone(request, whole())
 
