@@ -6,6 +6,7 @@ import gc
 import hashlib
 import json
 import os
+import socket
 import time
 import warnings
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from langchain_ollama import ChatOllama, OllamaEmbeddings, OllamaLLM
 import pumice
 import tiny
 from pumice.server.app import create_app
+from pumice.server.running import listening
 from pumice.server.settings import Settings
 from served import post, served
 
@@ -326,3 +328,9 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def test_no_request_out_of_the_document_breaks_the_server(case: Any, offline: str) -> None:
     answer = case.call(base_url=offline, timeout=60)
     assert answer.status_code < 500, answer.text[:300]
+
+
+def test_small_answers_are_sent_at_once() -> None:
+    """With Nagle's algorithm each answer waits for the client's delayed acknowledgement, 40 ms."""
+    with listening(Settings(port=0)) as place:
+        assert place.proto == socket.IPPROTO_TCP

@@ -24,7 +24,8 @@ BACKLOG = 2048
 def listening(settings: Settings) -> socket.socket:
     """The socket of an address. Raises UserError, beginning as Ollama's does, for one that cannot be had."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    found = socket.socket(family)
+    # asyncio sends small pieces at once only on sockets that say they are TCP.
+    found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind((settings.host or "0.0.0.0", settings.port))
