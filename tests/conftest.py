@@ -59,3 +59,9 @@ def unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
     rounding that the CPU kernels make of activations, and llama.cpp too."""
     monkeypatch.setattr(ops, "_by_kernels", lambda x: False)
     monkeypatch.setattr(passes, "cache_type", lambda model: model.like.dtype)
+
+
+WALKS = ("test_page.py", "test_page_served.py")
+"""Their browser's driver keeps an event loop running in the thread of the tests, in which no other test could run one:
+`test_walks.py` runs them in processes of their own."""
+collect_ignore = [] if os.environ.get("PUMICE_WALKS") else list(WALKS)

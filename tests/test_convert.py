@@ -194,7 +194,7 @@ def test_pebble(name: str, tmp_path: Path) -> None:
     pumice.convert(name, tmp_path / "q.gguf", quant="Q8_0")
     assert str(pumice.load(tmp_path / "q.gguf").ask(question, image)) == str(theirs.ask(question, image))
     pumice.convert(tmp_path / "p.gguf", tmp_path / "back")
-    source = checkpoints.read(pumice.model.store.resolve(name))
+    source = checkpoints.read(pumice.source.store.resolve(name))
     same_tensors(load_file(tmp_path / "back" / "model.safetensors"), load_file(source.path / "model.safetensors"))
 
 

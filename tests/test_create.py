@@ -90,9 +90,9 @@ def stored(own: OwnStore, name: Name = MINE) -> store.Stored:
 
 
 def logits(name: str | Path, *beside: Path) -> torch.Tensor:
-    """Of the tokens behind an image and a question, by the plain network."""
+    """Of the tokens behind an image and a question, whatever the model's own template, by the plain network."""
     model = pumice.load(name, dtype="float32", **({"beside": beside} if beside else {}))
-    seen = model.see(pumice.Question("what is this", PICTURE))
+    seen = model.see(pumice.Question("<image>\nwhat is this", PICTURE, raw=True))
     return of_network(model, seen)
 
 

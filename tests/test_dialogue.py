@@ -134,9 +134,8 @@ def test_images_stand_where_the_template_puts_them(places: Path, pair: Path) -> 
 def test_a_continued_answer_keeps_its_white_space(places: Path, pair: Path) -> None:
     model = installed(places, pair)
     dialogue = Dialogue((Turn("user", "a"), Turn("assistant", "b")))
-    space = next(
-        each for each in range(model.config.text.vocab) if model.tokenizer.decode([each, each]).startswith("  ")
-    )
+    tokens = range(model.config.text.vocab)
+    space = next(each for each in tokens if model.tokenizer.decode([each, each, each]).isspace())
     sampling = pumice.Sampling(max_tokens=3, logit_bias={space: 100})
     assert model.answer(Question("", sampling=sampling, dialogue=dialogue)).text.isspace()
     assert not model.answer(Question("a", sampling=sampling)).text

@@ -385,7 +385,7 @@ def test_show_prints_the_texts_of_the_model_in_the_package(cli: Cli, places: Pat
     assert model is not None
     assert cli("show", "pebble", "--template")[1] == facts.template(model) + "\n" != "\n"
     assert cli("show", "pebble", "--license") == (0, "\n", "")
-    assert cli("show", "pebble", "--modelfile")[1].endswith("\nFROM pebble\n\n")
+    assert cli("show", "pebble", "--modelfile")[1].endswith("\nFROM pebble:1.6\n\n")
     # A path is no name, also where a model of that name lies there.
     assert cli("show", store.resolve("pebble"), "--template")[0] == 2
 

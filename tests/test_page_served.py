@@ -32,7 +32,7 @@ def test_walks_through_the_server() -> None:
                 *(sys.executable, "-m", "pytest", "-q", "--numprocesses", "0", "-p", "no:cacheprovider"),
                 *("-k", " or ".join(WALKS), str(Path(__file__).with_name("test_page.py"))),
             ],
-            env={**os.environ, "PUMICE_PAGE_URL": base},
+            env={**os.environ, "PUMICE_PAGE_URL": base, "PUMICE_WALKS": "1"},
             capture_output=True,
             text=True,
             timeout=300,

@@ -118,7 +118,7 @@ def test_pebble_by_the_command_line(name: str, tmp_path: Path) -> None:
     assert found.tokens == wanted.tokens
     done = command("convert", tmp_path / "llava-p", tmp_path / "back", "--format", "hf")
     assert done.returncode == 0, done.stderr
-    source = checkpoints.read(pumice.model.store.resolve(name)).path
+    source = checkpoints.read(pumice.source.store.resolve(name)).path
     assert small(tmp_path / "back") == small(source)
     same_tensors(load_file(tmp_path / "back/model.safetensors"), load_file(source / "model.safetensors"))
 
