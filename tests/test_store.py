@@ -312,7 +312,8 @@ def texts_of(own: OwnStore) -> set[bytes]:
     return {path.read_bytes() for path in own.blobs.folder.iterdir() if not path.name.startswith(".")}
 
 
-def test_blobs_go_with_the_last_model_that_has_them(tmp_path: Path) -> None:
+def test_blobs_go_with_the_last_model_that_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pumice.store.layout.YOUNG_S", 0.0)
     own = OwnStore(tmp_path / "own")
     assert own.remove(Name.parse("x")) is None
     assert not own.root.exists()

@@ -16,7 +16,7 @@ from pathlib import Path
 from pumice.errors import UserError
 from pumice.store.blobs import Blobs, locked, open_regular, sync_folder, writing
 from pumice.store.installed import Place, Stored
-from pumice.store.manifest import MAX_MANIFEST_BYTES, Manifest
+from pumice.store.manifest import MAX_MANIFEST_BYTES, Layer, Manifest
 from pumice.store.names import Name
 
 _BLOB = re.compile(r"sha256-[0-9a-f]{64}")
@@ -64,6 +64,10 @@ class Store:
         return Stored(name, Manifest.read(raw, str(path)), self.blobs, self.place, modified_s)
 
 
+YOUNG_S = 600.0
+"""Blobs that came so lately are not removed with the model that is replaced."""
+
+
 class OwnStore(Store):
     """The store that pumice keeps, and the only one that it changes."""
 
@@ -72,7 +76,8 @@ class OwnStore(Store):
 
     def write(self, name: Name, manifest: Manifest) -> Name:
         """Give a name to blobs that are here, and return it as it is spelled on disk: as before where a model has it
-        already. That model goes, and the blobs that only it had.
+        already. That model goes, and the blobs that only it had; young ones stay for `prune`, as another who makes a
+        model of this name may be about to name them.
 
         Raises UserError: a blob that is not here whole, a disk that does not take the manifest.
         """
@@ -83,7 +88,7 @@ class OwnStore(Store):
             path = self._path(name) or self._manifests.joinpath(*name.parts)
             old = self._manifest(path)
             self.blobs.put_whole(path, manifest.raw)
-            self._drop(old)
+            self._drop(old, YOUNG_S)
             return Name(*path.parts[-4:])
 
     def remove(self, name: Name) -> Name | None:
@@ -131,7 +136,7 @@ class OwnStore(Store):
             return self._opened(path, Name(*path.parts[-4:])).manifest
         return None
 
-    def _drop(self, manifest: Manifest | None) -> None:
+    def _drop(self, manifest: Manifest | None, older_s: float = 0.0) -> None:
         """Remove the blobs of a manifest that is no longer here, but for those of others. Where another manifest cannot
         be read, none: it may need them."""
         models, broken = self.models()
@@ -139,8 +144,14 @@ class OwnStore(Store):
             return
         used = {each.file_name for model in models for each in model.manifest.blobs}
         for each in manifest.blobs:
-            if each.file_name not in used:
+            if each.file_name not in used and self._age_s(each) >= older_s:
                 self.blobs.remove(each)
+
+    def _age_s(self, layer: Layer) -> float:
+        try:
+            return time.time() - os.lstat(self.blobs.path(layer)).st_mtime
+        except FileNotFoundError:
+            return 0.0
 
 
 def _spelled(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
