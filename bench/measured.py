@@ -40,7 +40,7 @@ def pumice(phase: str, model_path: str, eyes_path: str, picture: str) -> dict[st
     if phase == "start":
         return {"ready_s": seconds(lambda: ready(model_path, eyes_path))}
     import pumice
-    from pumice.engine import Engine, Request, Sampling
+    from pumice.engine import Engine, Limits, Request, Sampling
 
     started = time.perf_counter()
     model = pumice.load(model_path, beside=eyes_path)
@@ -50,7 +50,7 @@ def pumice(phase: str, model_path: str, eyes_path: str, picture: str) -> dict[st
 
     def prefill(tokens: int) -> Engine:
         ids = torch.randint(3, network.config.text.vocab, (tokens,), generator=torch.Generator().manual_seed(0))
-        engine = Engine(network)
+        engine = Engine(network, Limits(drafts=0))  # random weights repeat themselves: a step would be several tokens
         generation = engine.submit(Request(ids.tolist(), [], Sampling(max_tokens=DECODED_TOKENS + 1)))
         while not generation.steps:
             engine.step()

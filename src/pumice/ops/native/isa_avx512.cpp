@@ -9,13 +9,15 @@
 #include <type_traits>
 
 namespace avx512 {
+// Of a row of activations in blocks of 32, the first halves of so many lie side by side, then their second halves.
+constexpr int SIDE_BY_SIDE = 4;
 #include "formats.inl"
 #include "vector_avx2.inl"
 #include "levels_avx2.inl"
 #include "scales.inl"
 #include "eight_avx2.inl"
 #include "rows.inl"
-#include "rows_avx2.inl"
+#include "rows_avx512.inl"
 #include "micro_avx512.inl"
 #include "panel.inl"
 #include "matmul.inl"

@@ -124,13 +124,13 @@ struct Activations {
     template <class Level> void put(int64_t chunk, int64_t r, const Level* q) const {
         if (tile_rows == 0) {
             int8_t* out = level + (chunk * m + r) * CHUNK;
-            if (!PAIRED_BLOCKS || layout != BY_32) {
+            if (SIDE_BY_SIDE == 1 || layout != BY_32) {
                 memcpy(out, q, CHUNK);
                 return;
             }
-            // Two blocks at a time: the first halves of both, then the second halves (see `pair_levels`).
-            for (int i = 0; i < CHUNK; i += 64)
-                for (int half = 0; half < 4; half++) memcpy(out + i + 16 * half, q + i + 16 * (half % 2 * 2 + half / 2), 16);
+            for (int i = 0; i < CHUNK; i += 32 * SIDE_BY_SIDE)
+                for (int half = 0; half < 2 * SIDE_BY_SIDE; half++)
+                    memcpy(out + i + 16 * half, q + i + 16 * (half % SIDE_BY_SIDE * 2 + half / SIDE_BY_SIDE), 16);
             return;
         }
         const int64_t first = r / tile_rows * tile_rows, rows = m - first < tile_rows ? m - first : tile_rows;

@@ -1,5 +1,4 @@
-// Products of single rows of weights, as they lie in the file, with a few rows of activations: AVX2, and AVX-512 too,
-// since a row is read no faster than memory gives it.
+// Products of single rows of weights, as they lie in the file, with a few rows of activations: AVX2.
 
 inline __m256i activations_at(const int8_t* x) { return _mm256_loadu_si256((const __m256i*)x); }
 

@@ -2,8 +2,6 @@
 
 using V = __m256;
 constexpr int WIDTH = 8;
-// Rows of activations lie as `pair_levels` reads them.
-constexpr bool PAIRED_BLOCKS = true;
 
 inline V load(const float* p) { return _mm256_loadu_ps(p); }
 inline V load(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }

@@ -1,7 +1,6 @@
 // Eight floats at a time, in plain loops that a compiler makes into vectors.
 
 constexpr int WIDTH = 8;
-constexpr bool PAIRED_BLOCKS = false;
 struct V {
     float lane[WIDTH];
 };
