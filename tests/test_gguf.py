@@ -28,6 +28,7 @@ from pumice.checkpoints.gguf_vocab import stop_ids, tokenizer
 from pumice.checkpoints.mapped import MappedFile
 from pumice.engine import passes
 from pumice.network.llava import generate
+from pumice.ops import library
 from pumice.prompt import Part
 from pumice.quant import QTensor
 from pumice.train import Recipe, train
@@ -207,13 +208,14 @@ def test_quantised_weights_are_those_of_the_file(quant: str, tmp_path: Path, unr
         assert found.tensors.nbytes < 0.4 * checkpoints.read(folder).tensors.nbytes
 
 
-@pytest.mark.parametrize("quant", ["Q8_0", "Q4_0"])
+@pytest.mark.parametrize(("quant", "tiles"), [("Q8_0", False), ("Q4_0", False), ("Q4_0", True)])
 def test_kernels_are_near_the_unrounded_numbers(
-    quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    quant: str, tiles: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    """Prompt and decode steps on the kernels, with eyes in eight bits: near what the same file gives without these
-    roundings, and with keys as they are the fast loop is the plain one."""
+    """Prompt and decode steps on the kernels, with eyes in eight bits, or in bfloat16 where a CPU has tiles: near what
+    the same file gives without these roundings, and with keys as they are the fast loop is the plain one."""
     monkeypatch.setattr(passes, "cache_type", lambda model: torch.float32)
+    monkeypatch.setattr(library, "bf16_tiles", lambda: tiles)
     folder = tiny.hf_folder(tmp_path / "hf", family="1.6", lm="mistral", seed=6)
     path = pair(folder, tmp_path / "gguf", quant=quant)
     model = pumice.load(path, template="mistral_instruct")
@@ -222,7 +224,8 @@ def test_kernels_are_near_the_unrounded_numbers(
     found, answer = logits(model, seen), model.answer(question).tokens
     features = model.features(seen.images)
     assert list(answer) == list(generate(model.network, seen.encoded.ids, features, FEW.max_tokens))
-    assert isinstance(model.network.vision_tower.encoder.layers[0].mlp.fc1.weight, QTensor)
+    matrix = model.network.vision_tower.encoder.layers[0].mlp.fc1.weight
+    assert matrix.dtype == torch.bfloat16 if tiles else isinstance(matrix, QTensor)
     request.getfixturevalue("unrounded")
     plain = pumice.load(path, template="mistral_instruct", dtype="float32")
     wanted = logits(plain, plain.see(question))
@@ -230,8 +233,12 @@ def test_kernels_are_near_the_unrounded_numbers(
     assert not torch.equal(found, wanted)
 
 
-def test_eyes_in_eight_bits_leave_no_pages_of_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of their matrices gives its pages back once it is in eight bits, and nothing else does."""
+@pytest.mark.parametrize("tiles", [False, True])
+def test_narrower_eyes_leave_no_pages_of_their_file(
+    tiles: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of their matrices gives its pages back once it is in eight bits or in bfloat16, and nothing else does."""
+    monkeypatch.setattr(library, "bf16_tiles", lambda: tiles)
     path = pair(tiny.hf_folder(tmp_path / "hf", family="1.5", seed=6), tmp_path / "gguf", quant="Q4_0")
     whole = MappedFile.give_back
     given: list[tuple[str, int, int]] = []

@@ -376,9 +376,9 @@ def assembled(tensors: checkpoints.Tensors, config: LlavaConfig, dtype: torch.dt
     """The modules around the checkpoint's own memory: a tensor is copied only when its type or device must change."""
     with torch.device("meta"):
         network = Llava(config)
-    # Beside a language model in blocks, and unless a type was asked for, the eyes take part in eight bits.
+    # Beside a language model in blocks, and unless a type was asked for, the eyes take part in fewer bits.
     in_blocks = tensors.blocks("language_model.layers.0.self_attn.q_proj.weight") is not None
-    eyes_in_blocks = in_blocks and dtype is None and place.device.type == "cpu"
+    eyes_narrower = in_blocks and dtype is None and place.device.type == "cpu"
     network.language_model.border = place.border
     for name in network.state_dict():
         device = place.of(name)
@@ -390,7 +390,7 @@ def assembled(tensors: checkpoints.Tensors, config: LlavaConfig, dtype: torch.dt
             put_matrix(module, values.to(device, type_))
             continue
         plain = tensors[name]
-        if eyes_in_blocks and name.startswith(EYES) and isinstance(module, Linear) and ops.fits_eight_bits(plain):
+        if eyes_narrower and name.startswith(EYES) and isinstance(module, Linear) and ops.fits_narrower(plain):
             put_matrix(module, plain)
             module.plain_until_used = tensors.give_back(name)
         else:

@@ -15,8 +15,8 @@ class Linear(nn.Linear):
     """y = x Wᵀ + b, run by whatever the hardware does best."""
 
     plain_until_used: Callable[[], None] | None = None
-    """Set where the matrix, one of plain numbers, turns into one of eight bits when it is first used: what is done
-    then, when the plain ones have served."""
+    """Set where the matrix, one of plain numbers, turns into one of fewer bits (`ops.narrower`) when it is first used:
+    what is done then, when the plain ones have served."""
 
     def reset_parameters(self) -> None:
         # Drawing on the meta device draws nothing, and imports PyTorch's compiler to do so.
@@ -29,8 +29,10 @@ class Linear(nn.Linear):
     def matrix(self) -> Tensor | QTensor:
         if (served := self.plain_until_used) is not None:
             self.plain_until_used = None
-            put_matrix(self, ops.eight_bits(self.weight))
-            served()
+            plain = self.weight
+            put_matrix(self, narrow := ops.narrower(plain))
+            if isinstance(narrow, QTensor) or narrow.dtype != plain.dtype:
+                served()
         return self.weight
 
 

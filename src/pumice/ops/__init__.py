@@ -32,12 +32,13 @@ __all__ = [
     "attention",
     "attention_in_pages",
     "captures",
-    "eight_bits",
     "embed",
-    "fits_eight_bits",
+    "fits_narrower",
     "gated_mlp",
     "linear",
     "linears",
+    "narrower",
+    "narrower_bytes",
     "quantised",
     "quick_gelu",
     "rms_norm",
@@ -79,13 +80,15 @@ def _triton(device: torch.device) -> ModuleType | None:
 
 
 def linear(x_TD: Tensor, weight_FD: Tensor | QTensor, bias_F: Tensor | None) -> Tensor:
-    """x Wᵀ + b: see `reference.linear`."""
+    """x Wᵀ + b: see `reference.linear`. In bfloat16 where the matrix is, though x be in float32."""
     if isinstance(weight_FD, QTensor):
         if _by_kernels(x_TD) and weight_FD.format.dtype is None:
             return cpu.linears(x_TD, [weight_FD], [bias_F])[0]
         if weight_FD.format.dtype is None and (gpu := _by_triton(x_TD)):
             return gpu.linear(x_TD, weight_FD, bias_F)
         weight_FD = weight_FD.dense(x_TD.dtype)
+    if weight_FD.dtype == torch.bfloat16:  # of a model in float32 where `narrower` made it
+        x_TD, bias_F = x_TD.to(torch.bfloat16), None if bias_F is None else bias_F.to(torch.bfloat16)
     return _backend().linear(x_TD, weight_FD, bias_F)
 
 
@@ -122,7 +125,9 @@ def gated_mlp(gate: Tensor, up: Tensor) -> Tensor:
 
 def quick_gelu(x: Tensor) -> Tensor:
     """See `reference.quick_gelu`."""
-    return cpu.quick_gelu(x) if x.dtype == torch.float32 and _by_kernels(x) else reference.quick_gelu(x)
+    if x.dtype in (torch.float32, torch.bfloat16) and _by_kernels(x):
+        return cpu.quick_gelu(x.float()).to(x.dtype)
+    return reference.quick_gelu(x)
 
 
 def rotate(x_BHTE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
@@ -163,14 +168,20 @@ def quantised(weight_RC: Tensor, format: Format) -> QTensor:
     return packing.quantised(weight_RC, format)
 
 
-def fits_eight_bits(weight: Tensor) -> bool:
-    """Whether it is a matrix of which `eight_bits` is the faster form: on a CPU, in whole blocks."""
+def fits_narrower(weight: Tensor) -> bool:
+    """Whether it is a matrix that `narrower` takes: on a CPU, in whole blocks."""
     return weight.dim() == 2 and weight.is_cpu and weight.shape[1] % FORMATS["Q8_0"].block_weights == 0
 
 
-def eight_bits(weight_FD: Tensor) -> QTensor:
-    """The matrix in blocks of eight bits."""
-    return quantised(weight_FD, FORMATS["Q8_0"])
+def narrower(weight_FD: Tensor) -> Tensor | QTensor:
+    """The matrix in the form of fewer bits that this CPU multiplies with many rows fastest: in bfloat16 where PyTorch
+    has tiles for it, otherwise in blocks of eight bits."""
+    return weight_FD.to(torch.bfloat16) if _in_tiles() else quantised(weight_FD, FORMATS["Q8_0"])
+
+
+def narrower_bytes(rows: int, columns: int) -> int:
+    """The size of what `narrower` makes of a matrix."""
+    return rows * (columns * torch.bfloat16.itemsize if _in_tiles() else FORMATS["Q8_0"].row_bytes(columns))
 
 
 def captures(x: Tensor) -> bool:
@@ -181,6 +192,10 @@ def captures(x: Tensor) -> bool:
 def takes_blocks(x_BTD: Tensor) -> bool:
     """Whether `Blocks` is the faster form of the language model's blocks for this input."""
     return x_BTD.dtype == torch.float32 and _by_kernels(x_BTD)
+
+
+def _in_tiles() -> bool:
+    return _backend() is fused and library.built() is not None and library.bf16_tiles()
 
 
 def _learns(x: Tensor) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
-import torch  # noqa: F401  loaded first, for its OpenMP
+import torch  # loaded first, for its OpenMP
 
 from pumice.errors import UserError, nearest
 
@@ -101,6 +101,7 @@ class CPass(ctypes.Structure):
 
 _SIGNATURES: dict[str, tuple[type | None, Sequence[type]]] = {
     "pumice_best_isa": (c_int32, ()),
+    "pumice_bf16_tiles": (c_int32, ()),
     "pumice_scratch_bytes": (c_int64, (c_int32, c_int64, c_int64, c_int32)),
     "pumice_matmul": (
         None,
@@ -158,3 +159,11 @@ def instruction_set() -> int:
     if INSTRUCTION_SETS[name] > best:
         raise UserError(f"PUMICE_CPU is {name!r}, which this CPU does not have", hint="leave it out")
     return INSTRUCTION_SETS[name]
+
+
+@functools.cache
+def bf16_tiles() -> bool:
+    """Whether PyTorch multiplies bfloat16 in tiles here (AMX), several times faster than the kernels multiply bytes.
+    Raises UserError as `instruction_set` does."""
+    widest = instruction_set() == max(INSTRUCTION_SETS.values())
+    return widest and bool(library().pumice_bf16_tiles()) and torch.ops.mkldnn._is_mkldnn_bf16_supported()

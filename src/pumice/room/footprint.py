@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import torch
 
+from pumice import ops
 from pumice.checkpoints import Checkpoint, Tensors
 from pumice.checkpoints.gguf_eyes_writer import eyes_formats
 from pumice.checkpoints.gguf_writer import EYES, lm_formats
@@ -97,8 +98,8 @@ def footprint(
     in_blocks = _in_blocks(tensors)
     on_cpu = device.type == "cpu"
     chosen = dtype or tensors.computed_in(device)
-    eight_bits = in_blocks and dtype is None and on_cpu
-    rules = _Rules(chosen, on_cpu, config.vision.blocks_needed if eight_bits and config.vision else None)
+    narrower = in_blocks and dtype is None and on_cpu
+    rules = _Rules(chosen, on_cpu, config.vision.blocks_needed if narrower and config.vision else None)
     lies = {name: rules.share(tensors, name) for name in tensors.names() if place is None or place.of(name) == device}
     # On a CPU to float32 what is in 16 bits, on a GPU to the type that is computed with what is in blocks.
     if on_cpu:
@@ -144,8 +145,8 @@ def _widest(text: TextConfig, *, head: bool) -> int:
 
 @dataclass(frozen=True)
 class _Rules:
-    """How tensors are laid out (`model.assembled`): computed with in `dtype`. The eyes take part in eight bits where
-    `eyes_run` says how many blocks of the tower run; the others' matrices stay as they are."""
+    """How tensors are laid out (`model.assembled`): computed with in `dtype`. The eyes take part in fewer bits
+    (`ops.narrower`) where `eyes_run` says how many blocks of the tower run; the others' matrices stay as they are."""
 
     dtype: torch.dtype
     on_cpu: bool
@@ -155,18 +156,18 @@ class _Rules:
         shape, blocks, computed = tensors.shape(name), tensors.blocks(name), tensors.computed(name)
         if blocks is not None and len(shape) == 2:
             count, viewed = shape[0] * blocks.row_bytes(shape[1]), self.on_cpu and not computed
-        elif self.eyes_run is not None and _fits_eight_bits(name, shape):
+        elif self.eyes_run is not None and _fits_narrower(name, shape):
             block = re.match(r"vision_tower\.encoder\.layers\.(\d+)\.", name)
             if block is not None and int(block[1]) >= self.eyes_run:
                 return Share(mapped=math.prod(shape) * tensors.dtype(name).itemsize)
-            count, viewed = shape[0] * FORMATS["Q8_0"].row_bytes(shape[1]), False
+            count, viewed = ops.narrower_bytes(*shape), False
         else:
             count = math.prod(shape) * self.dtype.itemsize
             viewed = self.on_cpu and not computed and blocks is None and tensors.dtype(name) == self.dtype
         return Share(mapped=count) if viewed else Share(own=count)
 
 
-def _fits_eight_bits(name: str, shape: tuple[int, ...]) -> bool:
+def _fits_narrower(name: str, shape: tuple[int, ...]) -> bool:
     """Whether it is a matrix that the eyes multiply with, in whole blocks."""
     is_matrix = len(shape) == 2 and not name.endswith("position_embedding.weight")
     return is_matrix and name.startswith(EYES) and shape[1] % FORMATS["Q8_0"].block_weights == 0

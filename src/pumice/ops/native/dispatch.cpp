@@ -1,6 +1,10 @@
 // The exported functions: each runs the kernels of the instruction set that it is told.
 #include "isa.h"
 
+#ifdef PUMICE_X86
+#include <cpuid.h>
+#endif
+
 namespace {
 
 const Kernels& kernels(int32_t isa) {
@@ -26,6 +30,21 @@ PUMICE_EXPORT int32_t pumice_best_isa() {
     if (avx2) return AVX2;
 #endif
     return PORTABLE;
+}
+
+// Whether the CPU multiplies tiles of bfloat16 (AMX), and the system keeps their registers for each process.
+PUMICE_EXPORT int32_t pumice_bf16_tiles() {
+#ifdef PUMICE_X86
+    constexpr uint32_t AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24, OSXSAVE = 1u << 27, TILES_KEPT = 3u << 17;
+    uint32_t a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & OSXSAVE)) return 0;
+    uint32_t kept, upper;
+    __asm__ volatile("xgetbv" : "=a"(kept), "=d"(upper) : "c"(0));
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+    return (d & AMX_BF16) && (d & AMX_TILE) && (kept & TILES_KEPT) == TILES_KEPT;
+#else
+    return 0;
+#endif
 }
 
 PUMICE_EXPORT int64_t pumice_scratch_bytes(int32_t isa, int64_t m, int64_t k, int32_t threads) {
