@@ -161,14 +161,17 @@ inline void small_product(const float* a, int64_t a_stride, const float* b, int6
 // `count` keys and values from position `first` on: keys as columns, values as rows.
 template <class T> void read_block(const Attention& a, const Sight& sight, int64_t first, int64_t count, const QueryBlock& b) {
     const int64_t width = a.head_width;
-    alignas(32) float rows[8][8];
+    alignas(64) float rows[8][WIDTH];
     for (int64_t i = 0; i < count; i += 8) {
         const int64_t here = count - i < 8 ? count - i : 8;
         const T* k[8];
         for (int64_t j = 0; j < 8; j++) k[j] = sight.at<T>(a.pages.keys, a.pages, first + i + (j < here ? j : here - 1));
-        for (int64_t e = 0; e < width; e += 8) {
+        for (int64_t e = 0; e < width; e += WIDTH) {
             for (int64_t j = 0; j < 8; j++) store(rows[j], load(k[j] + e));
-            transpose8((const uint8_t*)rows, 32, (uint8_t*)(b.k + e * QueryBlock::keys + i), QueryBlock::keys * 4);
+            for (int64_t c = 0; c < WIDTH; c += 8) {
+                uint8_t* columns = (uint8_t*)(b.k + (e + c) * QueryBlock::keys + i);
+                transpose8((const uint8_t*)(rows[0] + c), WIDTH * 4, columns, QueryBlock::keys * 4);
+            }
         }
         for (int64_t j = 0; j < here; j++) {
             const T* v = sight.at<T>(a.pages.values, a.pages, first + i + j);

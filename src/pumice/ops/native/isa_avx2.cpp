@@ -21,6 +21,7 @@ constexpr int SIDE_BY_SIDE = 2;
 #include "micro_avx2.inl"
 #include "panel.inl"
 #include "matmul.inl"
+#include "exponential.inl"
 #include "small.inl"
 #include "attention.inl"
 #include "blocks.inl"

@@ -17,6 +17,7 @@ constexpr int SIDE_BY_SIDE = 1;
 #include "rows.inl"
 #include "rows_portable.inl"
 #include "matmul.inl"
+#include "exponential.inl"
 #include "small.inl"
 #include "attention.inl"
 #include "blocks.inl"
