@@ -8,6 +8,7 @@ N texts · D width of a vector
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ PARTS = (*WITH_WEIGHTS, "Pooling", "Normalize", "Dropout")
 """Kinds of a model's parts, as the last word of `type` in its modules.json."""
 AT_ONCE = 32
 """Texts of one pass."""
+AGAIN = "get the model again, or another one"
 SAID = "an embedding model of sentence-transformers"
 
 
@@ -123,9 +125,11 @@ def load_sentences(folder: Path, name: str) -> SentenceModel:
         inner = SentenceTransformer(
             str(folder), device=str(device), local_files_only=True, model_kwargs={"use_safetensors": True}
         )
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # of three libraries, which have no one word for a damaged file
         said = str(error).replace(str(folder), name).strip().partition("\n")[0]
-        raise UserError(f"{name} cannot be loaded: {said:.200}", hint="get the model again, or another one") from error
+        raise UserError(f"{name} cannot be loaded: {said:.200}", hint=AGAIN) from error
     return SentenceModel(name, inner.eval())
 
 
@@ -135,7 +139,7 @@ def _check(folder: Path, name: str) -> None:
         said = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
         parts = [(str(each["type"]), str(each["path"])) for each in said]
     except (OSError, ValueError, RecursionError, TypeError, KeyError) as error:
-        raise UserError(f"{name} has no modules.json that can be read", hint="get the model again") from error
+        raise UserError(f"{name} has no modules.json that can be read", hint=AGAIN) from error
     for kind, path in parts:
         package, _, last = kind.rpartition(".")
         if package.partition(".")[0] != "sentence_transformers" or last not in PARTS:
@@ -143,6 +147,8 @@ def _check(folder: Path, name: str) -> None:
                 f"{name} has a part of the kind {shortened(kind)}", hint=f"pumice runs these: {', '.join(PARTS)}"
             )
         place = folder / path
+        if path and not re.fullmatch(r"[A-Za-z0-9_-]+", path):
+            raise UserError(f"{name} has a part that lies outside its folder: {shortened(path)}", hint=AGAIN)
         if last in WITH_WEIGHTS and not any(place.glob("*.safetensors")):
             raise UserError(
                 f"{name} has no weights as safetensors in {shortened(path or '.')}",

@@ -97,6 +97,11 @@ def read(name: str | Path, *, beside: Sequence[str | Path] = (), template: str |
     from pumice import checkpoints
 
     found = files(name)
+    if os.path.isfile(found.path / hub_cache.PARTS):
+        raise UserError(
+            f"{found.title} is an embedding model, which gives vectors and answers nothing",
+            hint="ask a server for them: pumice serve, then POST /api/embed",
+        )
     others = tuple(resolve(each) for each in beside) or found.beside
     if found.stored is None:
         return checkpoints.read(found.path, beside=others, template=template)
