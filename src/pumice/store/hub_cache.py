@@ -31,7 +31,7 @@ PICKLES = (WHOLE, "adapter_model", "mm_projector", "non_lora_trainables")
 
 PARTS = "modules.json"
 """Names the parts of a model of sentence-transformers, most of which lie in folders: `1_Pooling`, `2_Dense`."""
-_PART = re.compile(r"([0-9]+_[A-Za-z]+/)?[^/]+(\.safetensors|\.json|\.jinja|\.model|vocab\.txt|merges\.txt)")
+_PART = re.compile(r"([0-9]+_[A-Za-z]+/)?[^/]*(\.safetensors|\.json|\.jinja|\.model|vocab\.txt|merges\.txt)")
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
