@@ -238,12 +238,13 @@ def test_what_is_wrong_is_said_in_openais_form(base: str, change: dict[str, Any]
 
 @pytest.mark.parametrize("path", ["/chat/completions", "/completions", "/embeddings"])
 def test_errors_have_openais_form_with_v1_and_without(base: str, path: str) -> None:
-    for body, status in (({"model": "nope", "input": "x", "prompt": "x"}, 404), ({}, 400), ([], 400)):
-        found = [post(base, prefix + path, body) for prefix in ("/v1", "")]
-        assert [each.status_code for each in found] == [status, status]
-        assert found[0].json() == found[1].json()
-        assert found[0].json()["error"].keys() == {"message", "type", "param", "code"}
-    assert httpx2.get(base + "/models/nope").json()["error"]["type"] == "not_found_error"
+    with httpx2.Client(base_url=base) as client:
+        for body, status in (({"model": "nope", "input": "x", "prompt": "x"}, 404), ({}, 400), ([], 400)):
+            found = [client.post(prefix + path, json=body) for prefix in ("/v1", "")]
+            assert [each.status_code for each in found] == [status, status]
+            assert found[0].json() == found[1].json()
+            assert found[0].json()["error"].keys() == {"message", "type", "param", "code"}
+        assert client.get("/models/nope").json()["error"]["type"] == "not_found_error"
 
 
 @pytest.mark.parametrize(("url", "words"), [

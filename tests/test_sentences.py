@@ -7,6 +7,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,17 @@ def test_nothing_is_run_but_known_parts(folder: Path, tmp_path: Path, kind: str,
     found = changed(folder, tmp_path, "modules.json", lambda parts: [parts[0], {**parts[1], "type": kind}])
     with pytest.raises(UserError, match=words):
         load_sentences(found, "m")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_d_no_code_of_the_folder_runs(folder: Path, tmp_path: Path, name: str) -> None:
+    canary = tmp_path / "canary"
+    classes = dict.fromkeys(("AutoConfig", "AutoModel"), "evil.Thing") | {"AutoTokenizer": ["evil.Thing", None]}
+    found = changed(folder, tmp_path, name, lambda said: {**said, "auto_map": classes, "trust_remote_code": True})
+    (found / "evil.py").write_text(f"open({str(canary)!r}, 'w')\nclass Thing: pass\n")
+    with suppress(UserError):
+        load_sentences(found, "m").embed(["a"])
+    assert not canary.exists()
 
 
 def test_no_pickle_is_read(folder: Path, tmp_path: Path) -> None:

@@ -336,6 +336,9 @@ def test_a_bug_is_said_in_the_form_of_the_api(base: str, monkeypatch: pytest.Mon
         assert answer.status_code == 500
         error = answer.json()["error"]
         assert "the server failed" in (error["message"] if path.startswith("/v1") else error)
+    for each in threading.enumerate():  # it may still be saying what it died of, after it was answered for
+        if each.name == "transfer":
+            each.join(30)
 
 
 # --- requests out of the document -------------------------------------------------------------------------------------
