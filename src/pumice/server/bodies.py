@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -56,4 +57,10 @@ def _long(body: bytearray, struct: str) -> Fields:
     values = sum(body.count(each) for each in b",[{")
     if values > MOST_VALUES:
         raise Refused(400, f"the request has {values} values; {MOST_VALUES} are read at most")
-    return Fields.read(body, struct)
+    collects = gc.isenabled()
+    gc.disable()  # which would walk all values again and again while they come, and nothing else runs meanwhile
+    try:
+        return Fields.read(body, struct)
+    finally:
+        if collects:
+            gc.enable()
