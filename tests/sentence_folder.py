@@ -6,6 +6,7 @@ import string
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
 from transformers import BertConfig, BertModel, BertTokenizerFast
@@ -29,4 +30,8 @@ def sentence_folder(folder: Path, *, seed: int = 0, positions: int = 32) -> Path
     transformer = Transformer(str(plain))
     modules = [transformer, Pooling(32), Dense(32, 24), Normalize()]
     SentenceTransformer(modules=modules, device="cpu").save(str(folder))
+    # Published models of this age have whole numbers among their weights.
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "embeddings.position_ids": torch.arange(positions)[None]}, folder / "model.safetensors",
+              {"format": "pt"})  # fmt: skip
     return folder

@@ -239,7 +239,12 @@ def test_damaged_weights(folder: Path, tmp_path: Path) -> None:
     found = shutil.copytree(folder, tmp_path / "damaged")
     path = found / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match="cannot be loaded") as caught:
+    with pytest.raises(UserError, match=r"^m: model\.safetensors is not a whole safetensors file") as caught:
+        load_sentences(found, "m")
+    assert str(found) not in caught.value.message
+    shutil.copy(found / "tokenizer.json", found / "config.json")
+    shutil.copy(folder / "model.safetensors", path)
+    with pytest.raises(UserError, match="m cannot be loaded") as caught:
         load_sentences(found, "m")
     assert str(found) not in caught.value.message
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from pumice.checkpoints.tensors import opened
 from pumice.embedding import Embeddings
 from pumice.errors import UserError, shortened
 from pumice.picture import ImageLike
@@ -125,9 +126,7 @@ def load_sentences(folder: Path, name: str) -> SentenceModel:
         inner = SentenceTransformer(
             str(folder), device=str(device), local_files_only=True, model_kwargs={"use_safetensors": True}
         )
-    except MemoryError:
-        raise
-    except Exception as error:  # of three libraries, which have no one word for a damaged file
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError) as error:
         said = str(error).replace(str(folder), name).strip().partition("\n")[0]
         raise UserError(f"{name} cannot be loaded: {said:.200}", hint=AGAIN) from error
     return SentenceModel(name, inner.eval())
@@ -149,11 +148,18 @@ def _check(folder: Path, name: str) -> None:
         place = folder / path
         if path and not re.fullmatch(r"[A-Za-z0-9_-]+", path):
             raise UserError(f"{name} has a part that lies outside its folder: {shortened(path)}", hint=AGAIN)
-        if last in WITH_WEIGHTS and not any(place.glob("*.safetensors")):
+        weights = sorted(place.glob("*.safetensors"))
+        if last in WITH_WEIGHTS and not weights:
             raise UserError(
                 f"{name} has no weights as safetensors in {shortened(path or '.')}",
                 hint="pumice reads no pickles of embedding models; take a newer build of it",
             )
+        for each in weights:
+            try:
+                opened(each.resolve())  # the Hub's cache is made of links
+            except UserError as error:
+                said = error.message.replace(str(each.resolve()), each.name)
+                raise UserError(f"{name}: {said}", hint=error.hint) from error
 
 
 def _is_unicode(text: str) -> bool:
