@@ -8,6 +8,7 @@ N texts · D width of a vector
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 from collections.abc import Sequence
@@ -116,6 +117,8 @@ def load_sentences(folder: Path, name: str) -> SentenceModel:
             f"{name} needs {shown(needed)} of memory for its weights; {shown(memory.available)} is free",
             hint="close other programs, or take a smaller model",
         )
+    # Its bars would stand between the lines of a server's log; this is read when the libraries are imported.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
