@@ -155,7 +155,9 @@ async def lines(objects: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
 
 def described(name: str) -> dict[str, Any]:
     details = {"family": "llama", "families": ["llama", "clip"], "parameter_size": "5.8M", "quantization_level": "F16"}
-    return {"name": name, "model": name, "size": 11_712_345, "digest": "8d" * 32, "details": details}
+    able = ["embedding"] if "minilm" in name else ["completion", "vision"]
+    about = {"size": 11_712_345, "digest": "8d" * 32, "details": details, "capabilities": able}
+    return {"name": name, "model": name, **about}
 
 
 async def answer(stub: Stub, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:

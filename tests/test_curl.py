@@ -87,7 +87,9 @@ DETAILS = Shape(
 )  # fmt: skip
 ENTRY = {"name": NAME, "model": NAME, "size": int, "digest": HEX, "details": DETAILS}
 TAGS = Shape({"models": [Shape({**ENTRY, "modified_at": TIME}, {"capabilities": [str]})]})
-PS = Shape({"models": [Shape({**ENTRY, "expires_at": TIME, "size_vram": int}, {"context_length": int})]})
+PS = Shape(
+    {"models": [Shape({**ENTRY, "expires_at": TIME, "size_vram": int}, {"context_length": int, "capabilities": [str]})]}
+)
 SHOW = Shape(
     {"modelfile": str, "parameters": str, "template": str, "details": DETAILS, "model_info": dict,
      "capabilities": [str]},

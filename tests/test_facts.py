@@ -18,9 +18,11 @@ from ollama_store import LLAVA, TEMPLATE
 from pumice import UserError, creating, store
 from pumice.config import TEXT_DEFAULTS
 from pumice.modelfile import read_modelfile
+from pumice.server.settings import Settings
 from pumice.store import facts, model_info
 from pumice.store.names import Name
 from pumice.store.places import own_store
+from served import post, served
 from test_installed import hub_model
 
 
@@ -142,6 +144,20 @@ def test_what_a_model_can_do_is_what_its_template_names(
     layers = [("model", pair.read_bytes()), ("projector", b"GGUF"), ("template", template)]
     ollama_store.install(places / "ollama", LLAVA, layers)
     assert facts.capabilities(found("llava:7b")) == expected
+
+
+def test_an_embedding_model_of_ollamas_gives_vectors_and_is_not_run(places: Path, pair: Path) -> None:
+    """Its file is a GGUF of a kind that pumice does not have."""
+    config = {**ollama_store.CONFIG, "model_family": "bert", "model_families": ["bert"]}
+    ollama_store.install(
+        places / "ollama", "registry.ollama.ai/library/all-minilm/latest", [("model", pair.read_bytes())], config
+    )
+    assert facts.capabilities(found("all-minilm")) == ("embedding",)
+    with served(Settings(port=0)) as base:
+        answer = post(base, "/api/embed", {"model": "all-minilm", "input": "a"})
+        assert answer.status_code == 400
+        assert "pull sentence-transformers/all-MiniLM-L6-v2" in answer.json()["error"]
+        assert "does not support chat" in post(base, "/api/chat", {"model": "all-minilm"}).json()["error"]
 
 
 def test_whose_child_a_model_is(llava: store.Installed, places: Path, pair: Path) -> None:

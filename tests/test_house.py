@@ -23,7 +23,7 @@ ROWS = {
     "network": 3, "checkpoints": 3, "store": 3,
     "engine": 4, "room": 4,
     "question": 5, "dialogue": 5, "answer": 5, "classification": 5, "conversation": 5, "model": 5,
-    "sampling_options": 5, "source": 5, "embedding": 5,
+    "sampling_options": 5, "source": 5, "embedding": 5, "sentences": 5,
     "train": 6, "tasks": 6, "creating": 6, "conversion": 6, "server": 6,
     "cli": 7,
 }  # fmt: skip
@@ -32,7 +32,7 @@ WITHIN_A_ROW = {
     ("prompt", "config"), ("tokenizer", "prompt"), ("tokenizer", "decoding"),
     ("tokenizer", "sentencepiece"), ("tokenizer", "special_tokens"), ("store", "checkpoints"),
     ("model", "question"), ("model", "dialogue"), ("model", "source"), ("model", "sampling_options"),
-    ("model", "embedding"), ("server", "creating"),
+    ("model", "embedding"), ("sentences", "embedding"), ("sentences", "model"), ("server", "creating"),
     ("source", "dialogue"), ("question", "dialogue"),
     ("model", "answer"), ("model", "classification"), ("model", "conversation"),
     ("answer", "question"), ("conversation", "answer"), ("conversation", "question"), ("classification", "question"),
@@ -46,6 +46,7 @@ HOMES = {
     "safetensors": {"checkpoints"},
     "httpx2": {"store"}, "huggingface_hub": {"store"}, "llguidance": {"engine"}, "pydantic": set(), "jsonschema": set(),
     "typer": {"cli"}, "rich": {"cli"}, "transformers": set(), "ctypes": {"ops"}, "triton": {"ops"}, "ray": {"server"},
+    "sentence_transformers": {"sentences"},
     "fastapi": {"server"}, "starlette": {"server"}, "uvicorn": {"server"}, "prometheus_client": {"server"},
 }  # fmt: skip
 """Third-party names and the only rooms that may import them."""

@@ -31,7 +31,7 @@ FILES = {
 }
 
 
-def hub(files: dict[str, bytes]) -> Fake:
+def hub(files: dict[str, bytes], repository: str = REPOSITORY) -> Fake:
     """A Hub with one repository."""
 
     def fault(handler: Handler, of: Fake) -> bool:
@@ -40,11 +40,11 @@ def hub(files: dict[str, bytes]) -> Fake:
             {"type": "file", "path": name, "rfilename": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
             for name, data in files.items()
         ]
-        if path.startswith(f"/api/models/{REPOSITORY}/tree/"):
+        if path.startswith(f"/api/models/{repository}/tree/"):
             send(handler, 200, json.dumps(described).encode())
-        elif path.startswith(f"/api/models/{REPOSITORY}"):
-            send(handler, 200, json.dumps({"id": REPOSITORY, "sha": COMMIT, "siblings": described}).encode())
-        elif path.startswith(f"/{REPOSITORY}/resolve/") and (name := path.split("/", 5)[5]) in files:
+        elif path.startswith(f"/api/models/{repository}"):
+            send(handler, 200, json.dumps({"id": repository, "sha": COMMIT, "siblings": described}).encode())
+        elif path.startswith(f"/{repository}/resolve/") and (name := path.split("/", 5)[5]) in files:
             data, first = files[name], 0
             if "Range" in handler.headers:
                 first = int(handler.headers["Range"].removeprefix("bytes=").partition("-")[0])
@@ -141,6 +141,29 @@ def test_a_killed_pull_begins_anew_with_the_file_it_was_at_and_keeps_those_befor
 
 def weights_asked(fake: Fake) -> bool:
     return any(verb == "GET" and path.endswith("model.safetensors") for verb, path, _ in list(fake.asked))
+
+
+PARTS = {
+    "modules.json": b"[]", "config.json": b"{}", "model.safetensors": bytes(9), "tokenizer.json": b"{}",
+    "vocab.txt": b"a", "1_Pooling/config.json": b"{}", "2_Dense/model.safetensors": bytes(9),
+    "2_Dense/pytorch_model.bin": b"pickle", "pytorch_model.bin": b"pickle", "onnx/config.json": b"{}",
+    "onnx/model.onnx": b"", "train_script.py": b"", "README.md": b"",
+}  # fmt: skip
+
+
+def test_an_embedding_model_comes_with_its_parts_by_ollamas_name(tmp_path: Path) -> None:
+    repository = "sentence-transformers/all-MiniLM-L6-v2"
+    here = tmp_path / "hub" / f"models--{repository.replace('/', '--')}" / "snapshots" / COMMIT
+    with serving(hub(PARTS, repository)) as fake:
+        ended(pumice(fake.url, tmp_path, "all-minilm"))
+    assert sorted(str(each.relative_to(here)) for each in here.rglob("*") if each.is_file()) == [
+        "1_Pooling/config.json", "2_Dense/model.safetensors", "config.json", "model.safetensors", "modules.json",
+        "tokenizer.json", "vocab.txt",
+    ]  # fmt: skip
+    gone = "http://127.0.0.1:9"
+    ended(pumice(gone, tmp_path, "all-minilm"))
+    (here / "1_Pooling" / "config.json").unlink()
+    assert "is not here whole" in pumice(gone, tmp_path, "all-minilm").communicate()[1]
 
 
 def test_a_repository_that_is_not_there(fake: Fake, tmp_path: Path) -> None:

@@ -85,9 +85,34 @@ def expected(model: pumice.Model, prompt: str, image: bytes | None = None, **mor
 ])  # fmt: skip
 def test_what_is_wrong_is_said_in_ollamas_words(base: str, path: str, body: str, status: int, error: str) -> None:
     answer = httpx2.post(base + path, content=body)
-    assert (answer.status_code, answer.headers["content-type"]) == (status, "application/json")
+    assert (answer.status_code, answer.headers["content-type"]) == (status, "application/json; charset=utf-8")
     assert answer.json().keys() == {"error"}
     assert error in answer.json()["error"]
+
+
+def test_there_is_no_cloud_and_no_account(base: str) -> None:
+    cloud = httpx2.get(base + "/api/status")
+    assert (cloud.status_code, cloud.json()) == (200, {"cloud": {"disabled": True, "source": "env"}})
+    asked = [("POST", "/api/me"), ("POST", "/api/signout"), ("DELETE", "/api/user/keys/abc")]
+    found = [httpx2.request(verb, base + path) for verb, path in asked]
+    assert [each.status_code for each in found] == [401, 401, 401]
+    assert [each.json()["error"] for each in found] == ["unauthorized", *["you are not currently signed in"] * 2]
+
+
+@pytest.mark.parametrize("images", [0, 2])
+def test_the_prompt_alone(base: str, model: pumice.Model, images: int) -> None:
+    """`_debug_render_only`: what the model is asked, with marks where its images stand; a mark in a text is one too."""
+    seen = model.see(pumice.Question("Hi [img-0]", [red()] * images))
+    parts = pumice.prompt.prompt_text(seen.parts).split("<image>")
+    expected = parts[0] + "".join(f"[img-{number}]{each}" for number, each in enumerate(parts[1:]))
+    turn = {"role": "user", "content": "Hi [img-0]", "images": [RED] * images}
+    body = {"model": "pebble", "_debug_render_only": True}
+    generated = post(base, "/api/generate", {**body, "prompt": turn["content"], "images": turn["images"]}).json()
+    chatted = post(base, "/api/chat", {**body, "messages": [turn]}).json()
+    for found, said in ((generated, {"response": ""}), (chatted, {"message": {"role": "assistant", "content": ""}})):
+        del found["created_at"]
+        told = {"rendered_template": expected, "image_count": images}
+        assert found == {"model": "pebble", **said, "done": False, "_debug_info": told}
 
 
 def test_paths_and_verbs(base: str) -> None:

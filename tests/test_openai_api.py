@@ -176,7 +176,15 @@ def test_completions(client: openai.OpenAI, model: pumice.Model) -> None:
     found = client.completions.create(model="pebble", prompt="Hi", temperature=0, max_tokens=300)
     assert found.choices[0].text == model.ask("Hi").text
     pieces = client.completions.create(model="pebble", prompt=["Hi"], temperature=0, max_tokens=300, stream=True)
-    assert "".join(each.choices[0].text for each in pieces) == found.choices[0].text
+    came = list(pieces)
+    assert "".join(each.choices[0].text for each in came) == found.choices[0].text
+    assert [each.choices[0].finish_reason for each in came[-2:]] == [None, found.choices[0].finish_reason]
+    assert {each.object for each in came} == {"text_completion"}
+    counted = client.completions.create(
+        model="pebble", prompt="Hi", temperature=0, max_tokens=300, stream=True, stream_options={"include_usage": True}
+    )
+    *_, last = counted
+    assert (last.choices, last.usage) == ([], found.usage)
 
 
 def test_biases_and_stops(client: openai.OpenAI, model: pumice.Model) -> None:
@@ -224,7 +232,19 @@ def test_what_is_wrong_is_said_in_openais_form(base: str, change: dict[str, Any]
     assert answer.status_code == status
     error = answer.json()["error"]
     assert words in error["message"]
+    assert answer.headers["content-type"] == "application/json"
     assert error["type"] == {400: "invalid_request_error", 404: "not_found_error"}[status]
+
+
+@pytest.mark.parametrize("path", ["/chat/completions", "/completions", "/embeddings"])
+def test_errors_have_openais_form_with_v1_and_without(base: str, path: str) -> None:
+    with httpx2.Client(base_url=base) as client:
+        for body, status in (({"model": "nope", "input": "x", "prompt": "x"}, 404), ({}, 400), ([], 400)):
+            found = [client.post(prefix + path, json=body) for prefix in ("/v1", "")]
+            assert [each.status_code for each in found] == [status, status]
+            assert found[0].json() == found[1].json()
+            assert found[0].json()["error"].keys() == {"message", "type", "param", "code"}
+        assert client.get("/models/nope").json()["error"]["type"] == "not_found_error"
 
 
 @pytest.mark.parametrize(("url", "words"), [

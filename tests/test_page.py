@@ -605,7 +605,7 @@ def test_what_the_server_refuses_is_told_in_its_words(visit: Callable[..., Visit
 
 @needs_chromium
 def test_without_a_model_the_page_says_what_to_do(visit: Callable[..., Visit], faulty: Stub, browser: Any) -> None:
-    faulty.models = []
+    faulty.models = ["all-minilm:latest"]  # which answers nothing
     there = Visit(browser, faulty.url)
     there.page.goto(faulty.url)
     expect(there.page.get_by_label("Model", exact=True)).to_contain_text("no model yet")

@@ -16,7 +16,8 @@ from pumice.ollama_prompt import Turn
 from pumice.room.memory import Memory
 from pumice.server import residents as module
 from pumice.server.asked import Asked, ready
-from pumice.server.residents import Resident, Residents
+from pumice.server.loaded import Resident
+from pumice.server.residents import Residents
 from pumice.server.settings import Settings
 from pumice.server.worker import Worker
 

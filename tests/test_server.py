@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import socket
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -24,9 +25,12 @@ from langchain_ollama import ChatOllama, OllamaEmbeddings, OllamaLLM
 
 import pumice
 import tiny
+from pumice import creating
+from pumice.server import library
 from pumice.server.app import create_app
 from pumice.server.running import listening
 from pumice.server.settings import Settings
+from pumice.store.transfer import Progress
 from served import post, served
 
 COLD = {"temperature": 0}
@@ -274,6 +278,31 @@ def test_a_client_that_leaves_ends_its_answer(base: str) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.parametrize(("path", "what"), [("/api/pull", "_transfer"), ("/api/create", "create")])
+def test_a_client_that_leaves_ends_what_it_waits_for(
+    base: str, monkeypatch: pytest.MonkeyPatch, path: str, what: str
+) -> None:
+    """Without a stream nothing is sent to it meanwhile: that it has gone is all there is to be seen."""
+    begun, ended = threading.Event(), threading.Event()
+
+    def endless(*_: object) -> Iterator[Progress]:
+        try:
+            while True:
+                begun.set()
+                time.sleep(0.01)
+                yield Progress("on and on")
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(library if what == "_transfer" else creating, what, endless)
+    body = {"model": "a/b", "from": "pebble", "stream": False}
+    with pytest.raises(httpx2.TimeoutException):
+        httpx2.post(base + path, json=body, timeout=0.5)
+    assert begun.is_set()
+    assert ended.wait(30)
+    assert httpx2.get(base + "/api/tags").status_code == 200
+
+
 def test_metrics_count(base: str) -> None:
     def count(name: str) -> float:
         lines = httpx2.get(base + "/metrics").text.splitlines()
@@ -307,6 +336,9 @@ def test_a_bug_is_said_in_the_form_of_the_api(base: str, monkeypatch: pytest.Mon
         assert answer.status_code == 500
         error = answer.json()["error"]
         assert "the server failed" in (error["message"] if path.startswith("/v1") else error)
+    for each in threading.enumerate():  # it may still be saying what it died of, after it was answered for
+        if each.name == "transfer":
+            each.join(30)
 
 
 # --- requests out of the document -------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import os
+import resource
 import socket
 import threading
 import time
@@ -26,6 +28,7 @@ from starlette.routing import Mount, Route
 from pumice.server import guard
 from pumice.server.guard import Guard
 from pumice.server.patience import Patient
+from pumice.server.running import allow_connections
 from pumice.server.settings import Settings
 from served import ask, connected, listening, reply
 
@@ -597,6 +600,48 @@ def test_g_idle_connections(locked: Site) -> None:
             except (BrokenPipeError, ConnectionResetError):
                 pass
             assert time.monotonic() < until
+
+
+class Waiting(Patient):
+    head_s = 600.0
+    open = 0
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        type(self).open += 1
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        type(self).open -= 1
+
+
+def test_g_ten_thousand_idle_connections(locked: Site) -> None:
+    """attacks.md G: as many as this process may have, where one half of each is the client's. Others are answered
+    meanwhile; when they have gone, all is given back."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allow_connections()
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    before = len(os.listdir("/proc/self/fd"))
+    count = min(10_000, (hard - before - 200) // 2)
+    idle: list[socket.socket] = []
+    try:
+        with listening(Guard(locked.app, Settings()), http=Waiting) as port:
+            try:
+                idle += (connected(port) for _ in range(count))
+                assert ask(port, "/api/tags").status == 200
+                assert ask(port, "/api/chat", method="POST", body=b"x").body == b"1 bytes"
+                assert Waiting.open >= count
+            finally:
+                for each in idle:
+                    each.close()
+            until = time.monotonic() + 60
+            while Waiting.open:
+                assert time.monotonic() < until
+                time.sleep(0.05)
+            assert ask(port, "/api/tags").status == 200
+        assert len(os.listdir("/proc/self/fd")) <= before
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_busy_connections_stay(locked: Site) -> None:

@@ -225,14 +225,24 @@ def listed(names: set[str] | list[str]) -> str:
 # --- safetensors ------------------------------------------------------------------------------------------------------
 
 
-def _open_safetensors(path: Path) -> dict[str, Entry]:
-    """`safe_open` maps the file and checks the header: lengths, types, no overlap, no hole, nothing left over. Its
-    tensors are views of the mapping, which lives as long as one of them."""
+def opened(path: Path) -> Any:
+    """A safetensors file, as `safe_open` maps it, with its header checked: lengths, types, no overlap, no hole, nothing
+    left over. Raises UserError for what is not whole."""
+    refuse_pointer(path)
     _check_header(path)
     try:
-        file: Any = safe_open(str(path), framework="pt")
-        _refuse_duplicates(path)
-        entries = {}
+        file = safe_open(str(path), framework="pt")
+    except SafetensorError as error:
+        raise _broken(path, str(error)) from error
+    _refuse_duplicates(path)
+    return file
+
+
+def _open_safetensors(path: Path) -> dict[str, Entry]:
+    """Its tensors are views of the mapping, which lives as long as one of them."""
+    file = opened(path)
+    entries = {}
+    try:
         for key in file.keys():  # noqa: SIM118 (it is no mapping)
             part = file.get_slice(key)
             entries[key] = _entry(path, file, key, (tuple(part.get_shape()), part.get_dtype()))

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from pumice.errors import UserError
-from pumice.store import Files, Installed, Stored, facts
+from pumice.store import Files, Folder, Installed, Stored, facts, model_info
 
 if TYPE_CHECKING:
     from pumice.checkpoints import Checkpoint
@@ -65,6 +65,24 @@ def blocks(model: Stored, checkpoint: Checkpoint | None) -> Iterator[str]:
     for title, text in (("System", model.text("system") or ""), ("License", "\n".join(model.texts("license")))):
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         yield from _block(title, [(line,) for line in lines[:2]] + ([("...",)] if len(lines) > 2 else []))
+
+
+def embedder(found: Files) -> dict[str, object] | None:
+    """The facts of an embedding model; None for any other."""
+    model = Folder(found.title, found.path, "disk")
+    if not model.embeds:
+        return None
+    said = model_info.of_model(model)
+    return {
+        "family": facts.details(model).family,
+        "format": "sentence-transformers",
+        "path": str(found.path),
+        "capabilities": ", ".join(facts.capabilities(model)),
+        "positions": said.get(f"{said['general.architecture']}.context_length", "not said"),
+        "width": said.get(f"{said['general.architecture']}.embedding_length", "not said"),
+        "parameters": said.get("general.parameter_count", "not said"),
+        "files_bytes": model.size,
+    }
 
 
 def _block(title: str, rows: Sequence[Row]) -> Iterator[str]:

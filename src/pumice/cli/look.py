@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -82,6 +82,9 @@ def show(
         named = found.stored or store.find(model)
         print(blocks.text_of(found, named if named and named.path == found.path else None, texts[0]))
         return
+    if vectors := blocks.embedder(found):
+        _print_facts(vectors, as_json)
+        return
     try:
         checkpoint = options.source(model, template, preprocess, beside).checkpoint()
     except UserError:
@@ -91,10 +94,16 @@ def show(
     facts = described(checkpoint) | _card(checkpoint.path)
     if as_json:
         kept = {} if found.stored is None else {"store": blocks.kept(found.stored)}
-        print(json.dumps(facts | kept, ensure_ascii=False))
-        return
-    if found.stored is not None:
+        facts |= kept
+    elif found.stored is not None:
         _print_lines(blocks.blocks(found.stored, checkpoint))
+    _print_facts(facts, as_json)
+
+
+def _print_facts(facts: Mapping[str, object], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(facts, ensure_ascii=False))
+        return
     for name, value in facts.items():
         print(f"{name.replace('_', ' '):24} {_shown(name, value)}")
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from starlette.requests import Request
 from starlette.types import Scope
@@ -14,9 +14,10 @@ from starlette.types import Scope
 from pumice.errors import UserError
 from pumice.server.asked import Asked, Ready, context_ids, ready
 from pumice.server.calls import named_tools, with_calls
+from pumice.server.loaded import Resident
 from pumice.server.logs import note
 from pumice.server.metrics import Finished, Reason
-from pumice.server.residents import Resident, Residents
+from pumice.server.residents import Residents
 
 if TYPE_CHECKING:
     from pumice.answer import Answer, Answering
@@ -72,12 +73,13 @@ class Coming:
 
 @dataclass(frozen=True)
 class Call:
-    """Who asks which model, when, and how long it is to stay: None leaves that as it is."""
+    """Who asks which model, when, for what, and how long it is to stay: None leaves that as it is."""
 
     request: Request
     name: str
     keep_ns: int | None
     came_s: float
+    to: Literal["chat", "generate"]
 
 
 @asynccontextmanager
@@ -86,7 +88,7 @@ async def begun(residents: Residents, call: Call, asked: Asked, count: int = 1) 
 
     Raises Refused and UserError before the first chunk of each is there.
     """
-    async with residents.use(call.name, call.keep_ns) as resident, resident.turn, AsyncExitStack() as needs:
+    async with residents.use(call.name, call.keep_ns, call.to) as resident, resident.turn, AsyncExitStack() as needs:
         clock = Clock(call.came_s, time.monotonic())
         model = resident.model
 

@@ -25,7 +25,7 @@ from pumice.server.residents import Residents
 from pumice.server.settings import Settings
 from pumice.server.static import add_page
 from pumice.server.streams import error_object, status_of
-from pumice.server.wire import Refused
+from pumice.server.wire import Json, Refused, is_openai
 
 
 def application(settings: Settings) -> ASGIApp:
@@ -63,7 +63,7 @@ def create_app(settings: Settings) -> FastAPI:
     @app.get("/health", tags=["operations"])
     async def health() -> Response:
         """200 while answers come; 503 when work has waited too long without a step."""
-        stuck = [each.installed.title for each in residents.all if each.worker.silent_s > settings.stuck_s]
+        stuck = [each.installed.title for each in residents.all if each.silent_s > settings.stuck_s]
         if stuck:
             return JSONResponse({"status": "stuck", "models": stuck}, 503)
         return JSONResponse({"status": "ok"})
@@ -113,6 +113,6 @@ def _prune() -> None:
 
 def envelope(request: Request, status: int, message: str) -> Response:
     """An error in the form of the API that was asked."""
-    if request.url.path.startswith("/v1"):
+    if is_openai(request.url.path):
         return JSONResponse({"error": error_object(status, message)}, status)
-    return JSONResponse({"error": message}, status)
+    return Json({"error": message}, status)

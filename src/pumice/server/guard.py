@@ -28,7 +28,10 @@ from contextlib import suppress
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pumice.server.bodies import Budget
 from pumice.server.settings import Address, Settings
+from pumice.server.streams import error_object
+from pumice.server.wire import is_openai
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -67,6 +70,7 @@ class Guard:
         self._is_loopback = Address(host=settings.host).is_loopback
         # Of one length, so that a comparison does not tell how long a key is.
         self._keys = [hashlib.sha256(key.encode()).digest() for key in settings.keys]
+        self._bodies = Budget(settings.max_bodies_bytes)
         self._is_open = "*" in settings.origins
         origins = (re.escape(each).replace(r"\*", r"[^/\n]*") for each in (*settings.origins, *_SAFE_ORIGINS))
         self._origins = re.compile("|".join(origins), re.IGNORECASE)
@@ -78,7 +82,7 @@ class Guard:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
             return
-        exchange = _Exchange(scope, receive, send, self._settings)
+        exchange = _Exchange(scope, (receive, send), self._settings, self._bodies)
         if not _is_read(scope, _HEALTH) and not await self._admits(scope, exchange):
             return
         if exchange.is_too_long:
@@ -121,15 +125,15 @@ class _Stalled(OSError):
 class _Exchange:
     """One request and its answer: counts and times the body on its way in, adds headers on the way out."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, settings: Settings) -> None:
+    def __init__(self, scope: Scope, way: tuple[Receive, Send], settings: Settings, bodies: Budget) -> None:
         self.headers: Headers = [_NOSNIFF]
         """Added to the answer, whoever gives it."""
-        self._scope, self._receive, self._send = scope, receive, send
+        self._scope, (self._receive, self._send), self._bodies = scope, way, bodies
         self._is_upload = scope["method"] == "POST" and _UPLOAD.fullmatch(_raw_path(scope)) is not None
         self._limit = settings.max_body_bytes
         self._read_s = settings.request_read_s
         self._until = asyncio.get_running_loop().time() + self._read_s
-        self._bytes = 0
+        self._bytes = self._held = 0
         self._is_whole = self._is_started = self._is_over = False
 
     @property
@@ -146,6 +150,8 @@ class _Exchange:
         except (ClientDisconnect, _Stalled):
             if not self._is_over:
                 raise
+        finally:
+            self._bodies.give(self._held)
 
     async def answer(self, status: int, headers: Headers, body: bytes = b"") -> None:
         self._is_over = True
@@ -167,6 +173,8 @@ class _Exchange:
             return
         if status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
+        if status == 503:
+            headers.append((b"retry-after", b"1"))
         headers.append((b"content-type", b"application/json; charset=utf-8"))
         await self.answer(status, headers, self._words(status))
 
@@ -175,11 +183,12 @@ class _Exchange:
             401: "a valid API key is needed: send the header 'Authorization: Bearer <key>'",
             408: f"the request's body did not come within {self._read_s:g} seconds",
             413: f"the request is longer than {self._limit} bytes",
+            503: f"server busy, please try again.  the requests that wait have {self._bodies.limit} bytes together",
         }[status]
-        if not _raw_path(self._scope).lstrip(b"/").startswith(b"v1/"):
+        if not is_openai("/" + _raw_path(self._scope).decode("latin-1").lstrip("/")):
             return json.dumps({"error": said}).encode()
-        kind, code = ("authentication_error", "invalid_api_key") if status == 401 else ("invalid_request_error", None)
-        return json.dumps({"error": {"message": said, "type": kind, "param": None, "code": code}}).encode()
+        code = "invalid_api_key" if status == 401 else None
+        return json.dumps({"error": error_object(status, said) | {"code": code}}).encode()
 
     async def _take(self) -> Message:
         """What the application receives. A body that is too long or too slow ends as if its sender had gone."""
@@ -195,8 +204,13 @@ class _Exchange:
             return await self._break_off(408)
         self._is_whole = not message.get("more_body", False)
         self._bytes += len(message.get("body", b""))
-        if self._bytes > self._limit and not self._is_upload:
+        if self._is_upload:  # which goes to the disk piece by piece
+            return message
+        if self._bytes > self._limit:
             return await self._break_off(413)
+        if not self._bodies.take(size := len(message.get("body", b""))):
+            return await self._break_off(503)
+        self._held += size
         return message
 
     async def _break_off(self, status: int) -> Message:

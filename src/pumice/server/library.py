@@ -6,8 +6,8 @@ import asyncio
 import importlib.metadata
 import threading
 import time
-from collections.abc import AsyncIterator, Generator, Iterator
-from contextlib import closing, nullcontext, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
+from contextlib import aclosing, closing, nullcontext, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -16,12 +16,13 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from pumice import store
 from pumice.errors import UserError
-from pumice.server.asked import window_of
+from pumice.server.bodies import read
 from pumice.server.documents import body
-from pumice.server.residents import Resident, Residents, named
+from pumice.server.loaded import Loaded
+from pumice.server.residents import Residents, named
 from pumice.server.settings import Address, Settings
-from pumice.server.streams import status_of
-from pumice.server.wire import NDJSON, Fields, Refused, line, timestamp
+from pumice.server.streams import status_of, unless_gone
+from pumice.server.wire import NDJSON, Fields, Json, Refused, line, timestamp
 from pumice.store import Installed, Name, Stored, facts, model_info
 from pumice.store.transfer import Progress
 
@@ -37,26 +38,41 @@ def routes(residents: Residents, settings: Settings) -> APIRouter:
     @router.head("/api/version", include_in_schema=False)
     async def version() -> Response:
         """Of Ollama's API, and of pumice."""
-        return JSONResponse({"version": VERSION, "pumice": importlib.metadata.version("pumice")})
+        return Json({"version": VERSION, "pumice": importlib.metadata.version("pumice")})
+
+    @router.get("/api/status")
+    async def status() -> Response:
+        """Of Ollama's cloud, which is never asked."""
+        return Json({"cloud": {"disabled": True, "source": "env"}})
+
+    @router.post("/api/me", include_in_schema=False)
+    async def account() -> Response:
+        """Of ollama.com: there is none here, and nobody is asked."""
+        raise Refused(401, "unauthorized")
+
+    @router.post("/api/signout", include_in_schema=False)
+    @router.delete("/api/user/keys/{key}", include_in_schema=False)
+    async def sign_out() -> Response:
+        raise Refused(401, "you are not currently signed in")
 
     @router.get("/api/tags")
     @router.head("/api/tags", include_in_schema=False)
     async def tags() -> Response:
         """The models on this machine, the newest first."""
         shelf = await asyncio.to_thread(store.installed)
-        return JSONResponse({"models": [listed(each) for each in shelf.models]})
+        return Json({"models": [listed(each) for each in shelf.models]})
 
     @router.get("/api/ps")
     async def loaded() -> Response:
         """The models in memory."""
-        return JSONResponse({"models": [_resident(each) for each in residents.all]})
+        return Json({"models": [_resident(each) for each in residents.all]})
 
     @router.post("/api/show", openapi_extra=body("ShowRequest"))
     async def show(request: Request) -> Response:
         """What is known of a model."""
-        fields = Fields.read(await request.body(), "ShowRequest")
+        fields = await read(request, "ShowRequest")
         model = named(required(fields))
-        return JSONResponse(await asyncio.to_thread(shown, model, fields.flag("verbose")))
+        return Json(await asyncio.to_thread(shown, model, fields.flag("verbose")))
 
     _add_changes(router, residents, settings)
     return router
@@ -66,7 +82,7 @@ def _add_changes(router: APIRouter, residents: Residents, settings: Settings) ->
     @router.post("/api/copy", openapi_extra=body("CopyRequest"))
     async def copy(request: Request) -> Response:
         """A second name of a model."""
-        fields = Fields.read(await request.body(), "CopyRequest")
+        fields = await read(request, "CopyRequest")
         source, destination = fields.text("source"), fields.text("destination")
         _name(source, f'source "{source:.200}" is invalid')
         name = own_name(destination, f'destination "{destination:.200}" is invalid')
@@ -81,7 +97,7 @@ def _add_changes(router: APIRouter, residents: Residents, settings: Settings) ->
     @router.delete("/api/delete", openapi_extra=body("DeleteRequest"))
     async def delete(request: Request) -> Response:
         """Remove a model from pumice's own store."""
-        text = required(Fields.read(await request.body(), "DeleteRequest"))
+        text = required(await read(request, "DeleteRequest"))
         model = named(text)
         if model.place != "pumice":
             raise Refused(400, f"model '{text:.200}' lies in a place that pumice leaves as it is")
@@ -92,23 +108,23 @@ def _add_changes(router: APIRouter, residents: Residents, settings: Settings) ->
     @router.post("/api/pull", openapi_extra=body("PullRequest"))
     async def pull(request: Request) -> Response:
         """Bring a model to this machine."""
-        fields = Fields.read(await request.body(), "PullRequest")
+        fields = await read(request, "PullRequest")
         text = required(fields)
         if settings.offline:
             if store.find(text) is None:
                 raise offline("pull")
-            return await told(iter([Progress("success")]), fields.flag("stream", True))
-        return await told(_transfer("pull", text, fields, settings), fields.flag("stream", True))
+            return await told(request, iter([Progress("success")]), fields.flag("stream", True))
+        return await told(request, _transfer("pull", text, fields, settings), fields.flag("stream", True))
 
     @router.post("/api/push", openapi_extra=body("PushRequest"))
     async def push(request: Request) -> Response:
         """Give a model to the registry that its name says."""
-        fields = Fields.read(await request.body(), "PushRequest")
+        fields = await read(request, "PushRequest")
         text = required(fields)
         named(text)
         if settings.offline:
             raise offline("push")
-        return await told(_transfer("push", text, fields, settings), fields.flag("stream", True))
+        return await told(request, _transfer("push", text, fields, settings), fields.flag("stream", True))
 
 
 def _transfer(verb: str, text: str, fields: Fields, settings: Settings) -> Iterator[Progress]:
@@ -150,18 +166,23 @@ def own_name(text: str, wrong: str) -> Name:
     return name
 
 
-async def told(steps: Iterator[Progress], streams: bool) -> Response:
+async def told(request: Request, steps: Iterator[Progress], streams: bool) -> Response:
     """What is under way, a line each; without a stream the last one alone. A client that goes away ends it."""
     coming = _aside(steps)
     if streams:
         return StreamingResponse(_lines(coming), media_type=NDJSON)
+    return JSONResponse(_progress(await unless_gone(request, _last(coming))))
+
+
+async def _last(coming: AsyncGenerator[Progress]) -> Progress:
     last = Progress("success")
-    async for step in coming:
-        last = step
-    return JSONResponse(_progress(last))
+    async with aclosing(coming):
+        async for step in coming:
+            last = step
+    return last
 
 
-async def _lines(coming: AsyncIterator[Progress]) -> AsyncIterator[bytes]:
+async def _lines(coming: AsyncGenerator[Progress]) -> AsyncIterator[bytes]:
     try:
         async for step in coming:
             yield line(_progress(step))
@@ -169,7 +190,7 @@ async def _lines(coming: AsyncIterator[Progress]) -> AsyncIterator[bytes]:
         yield line({"error": status_of(error)[1]})
 
 
-async def _aside(steps: Iterator[Progress]) -> AsyncIterator[Progress]:
+async def _aside(steps: Iterator[Progress]) -> AsyncGenerator[Progress]:
     """The steps of what is done in a thread of its own, which ends when nobody reads them any more."""
     queue: asyncio.Queue[Progress | Refused | UserError | None] = asyncio.Queue()
     loop, unwanted = asyncio.get_running_loop(), threading.Event()
@@ -245,14 +266,13 @@ def shown(model: Installed, verbose: bool) -> dict[str, Any]:
     }
 
 
-def _resident(resident: Resident) -> dict[str, Any]:
+def _resident(resident: Loaded) -> dict[str, Any]:
     entry = listed(resident.installed)
-    del entry["modified_at"], entry["capabilities"]
-    on_gpu = resident.model.network.like.device.type == "cuda"
+    del entry["modified_at"]
     return {
         **entry,
         "size": resident.bytes,
         "expires_at": timestamp(min(resident.expires_s, time.time() + FOREVER_S)),
-        "size_vram": resident.bytes if on_gpu else 0,
-        "context_length": window_of(resident.model.config, resident.context),
+        "size_vram": resident.bytes if resident.device.type == "cuda" else 0,
+        "context_length": resident.window,
     }

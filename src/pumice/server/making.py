@@ -10,11 +10,11 @@ from starlette.responses import Response
 
 from pumice import store
 from pumice.creating.recipe import digest_of
+from pumice.server.bodies import read
 from pumice.server.documents import body
 from pumice.server.library import offline, own_name, required, told
 from pumice.server.residents import Residents
 from pumice.server.settings import Settings
-from pumice.server.wire import Fields
 
 PIECE = 4 * 2**20
 
@@ -48,7 +48,7 @@ def routes(residents: Residents, settings: Settings) -> APIRouter:
     @router.post("/api/create", openapi_extra=body("CreateRequest"))
     async def create(request: Request) -> Response:
         """Make a model."""
-        fields = Fields.read(await request.body(), "CreateRequest")
+        fields = await read(request, "CreateRequest")
         name = own_name(required(fields), "invalid model name")
         from pumice import creating
 
@@ -57,7 +57,7 @@ def routes(residents: Residents, settings: Settings) -> APIRouter:
         if settings.offline and recipe.source and store.find(recipe.source) is None:
             raise offline("pull")
         residents.stop(str(name))
-        return await told(creating.create(name, recipe, own), fields.flag("stream", True))
+        return await told(request, creating.create(name, recipe, own), fields.flag("stream", True))
 
     return router
 

@@ -6,21 +6,23 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from itertools import count
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from pumice.durations import keep_alive
 from pumice.errors import UserError
 from pumice.ollama_prompt import Turn
 from pumice.server.answers import Call, Coming, begun
-from pumice.server.asked import Asked
+from pumice.server.asked import Asked, ready
+from pumice.server.bodies import aside, read
 from pumice.server.documents import body
 from pumice.server.residents import Residents, named
 from pumice.server.settings import Settings
 from pumice.server.streams import Streamed, status_of, unless_gone
-from pumice.server.wire import NDJSON, Fields, Refused, image_bytes, line, timestamp
+from pumice.server.wire import NDJSON, Fields, Json, Refused, image_bytes, line, timestamp
 from pumice.store import Installed, Stored, facts
 
 if TYPE_CHECKING:
@@ -39,14 +41,14 @@ def routes(residents: Residents, settings: Settings) -> APIRouter:
     async def generate(request: Request) -> Response:
         """An answer to a prompt."""
         came_s = time.monotonic()
-        fields = Fields.read(await request.body(), "GenerateRequest")
+        fields = await read(request, "GenerateRequest")
         common = Common.of(fields, Refused(404, f"model '{fields.text('model', 'name')}' not found"))
         prompt, suffix, raw = fields.text("prompt"), fields.text("suffix"), fields.flag("raw")
         if not prompt and common.keep_ns == 0:
             return await _unload(residents, common, {"response": ""})
         if raw and (fields.text("template") or fields.text("system") or fields.items("context", "int")):
             raise Refused(400, "raw mode does not support template, system, or context")
-        images = pictures(fields, settings)
+        images = await aside(fields.size, lambda: pictures(fields, settings))
         if suffix and "insert" not in facts.capabilities(common.installed):
             raise Refused(400, f"{full_name(common.installed)} does not support insert")
         asked = common.asked(fields)
@@ -62,15 +64,17 @@ def routes(residents: Residents, settings: Settings) -> APIRouter:
             template=fields.text("template"),
             context=_context(fields),
         )
-        return await _answered(residents, common, Exchange(request, asked, came_s, "raw" if raw else "generate"))
+        kind = "raw" if raw else "generate"
+        exchange = Exchange(request, asked, came_s, kind, fields.flag("_debug_render_only"))
+        return await _answered(residents, common, exchange)
 
     @router.post("/api/chat", openapi_extra=body("ChatRequest"))
     async def chat(request: Request) -> Response:
         """The next answer of a conversation."""
         came_s = time.monotonic()
-        fields = Fields.read(await request.body(), "ChatRequest")
+        fields = await read(request, "ChatRequest")
         common = Common.of(fields, Refused(400, "model is required"))
-        turns, images = _messages(fields, settings)
+        turns, images = await aside(fields.size, lambda: _messages(fields, settings))
         empty = {"message": {"role": "assistant", "content": ""}}
         if not turns and common.keep_ns == 0:
             return await _unload(residents, common, empty)
@@ -82,7 +86,8 @@ def routes(residents: Residents, settings: Settings) -> APIRouter:
         asked = replace(common.asked(fields), turns=turns, images=images, tools=tools)
         if not turns:
             return await _load(residents, common, empty)
-        return await _answered(residents, common, Exchange(request, asked, came_s, "chat"))
+        exchange = Exchange(request, asked, came_s, "chat", fields.flag("_debug_render_only"))
+        return await _answered(residents, common, exchange)
 
     return router
 
@@ -136,6 +141,12 @@ class Exchange:
     asked: Asked
     came_s: float
     kind: str
+    renders: bool = False
+    """Only the prompt is wanted: `_debug_render_only`."""
+
+    @property
+    def to(self) -> Literal["generate", "chat"]:
+        return "chat" if self.kind == "chat" else "generate"
 
     def said(self, text: str, calls: Sequence[ToolCall] = ()) -> dict[str, Any]:
         """Text as this API has it, and calls of tools."""
@@ -149,9 +160,11 @@ class Exchange:
 
 
 async def _answered(residents: Residents, common: Common, exchange: Exchange) -> Response:
+    if exchange.renders:
+        return await unless_gone(exchange.request, _rendered(residents, common, exchange))
     needs = AsyncExitStack()
     async with needs:
-        call = Call(exchange.request, common.name, common.keep_ns, exchange.came_s)
+        call = Call(exchange.request, common.name, common.keep_ns, exchange.came_s, exchange.to)
         opening = begun(residents, call, exchange.asked)
         (coming,) = await unless_gone(exchange.request, needs.enter_async_context(opening))
         if common.streams:
@@ -160,7 +173,18 @@ async def _answered(residents: Residents, common: Common, exchange: Exchange) ->
         likely = [each for chunk in chunks for each in chunk.likely]
         told = {"logprobs": [_told(each) for each in likely]} if likely else {}
         said = exchange.said(text, chunks[-1].calls)
-        return JSONResponse({**_head(common.name), **said, **told, **_end(exchange, coming, answer)})
+        return Json({**_head(common.name), **said, **told, **_end(exchange, coming, answer)})
+
+
+async def _rendered(residents: Residents, common: Common, exchange: Exchange) -> Response:
+    """The prompt as the model sees it, with `[img-0]` where the features of an image stand."""
+    async with residents.use(common.name, common.keep_ns, exchange.to) as resident, resident.turn:
+        model, contexts, context = resident.model, resident.contexts, resident.context
+        seen = (await residents.read(lambda: ready(exchange.asked, model, contexts, context))).seen
+    numbers = count()
+    texts = [f"[img-{next(numbers)}]" if each.kind == "image" else each.text for each in seen.parts]
+    told = {"rendered_template": "".join(texts), "image_count": len(seen.images)}
+    return Json({**_head(common.name), **exchange.said(""), "done": False, "_debug_info": told})
 
 
 async def _lines(name: str, exchange: Exchange, coming: Coming) -> AsyncGenerator[bytes]:
@@ -199,13 +223,13 @@ def _told(likely: Likely) -> dict[str, Any]:
 
 async def _load(residents: Residents, common: Common, said: Mapping[str, Any]) -> Response:
     """One object, whatever was asked of streaming."""
-    async with residents.use(common.name, common.keep_ns):
-        return JSONResponse({**_head(common.name), **said, "done": True, "done_reason": "load"})
+    async with residents.use(common.name, common.keep_ns, "chat" if "message" in said else "generate"):
+        return Json({**_head(common.name), **said, "done": True, "done_reason": "load"})
 
 
 async def _unload(residents: Residents, common: Common, said: Mapping[str, Any]) -> Response:
     residents.stop(common.name)
-    return JSONResponse({**_head(common.name), **said, "done": True, "done_reason": "unload"})
+    return Json({**_head(common.name), **said, "done": True, "done_reason": "unload"})
 
 
 def _messages(fields: Fields, settings: Settings) -> tuple[tuple[Turn, ...], tuple[bytes, ...]]:

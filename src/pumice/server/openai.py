@@ -18,6 +18,7 @@ from pumice.durations import keep_alive
 from pumice.errors import UserError
 from pumice.server.answers import Call, Coming, begun
 from pumice.server.asked import Asked
+from pumice.server.bodies import read
 from pumice.server.documents import body
 from pumice.server.openai_request import asked_of, chat_turns, completion_turns
 from pumice.server.residents import Residents, named
@@ -42,7 +43,7 @@ def routes(residents: Residents, settings: Settings) -> APIRouter:
     async def chat(request: Request) -> Response:
         """The next answer of a conversation."""
         came_s = time.monotonic()
-        fields = Fields.read(await request.body(), "ChatCompletionRequest")
+        fields = await read(request, "ChatCompletionRequest")
         order = Order.of(fields, "chat.completion", came_s)
         top = fields.whole("top_logprobs") or 0
         logprobs = top if fields.flag("logprobs") else None
@@ -55,7 +56,7 @@ def routes(residents: Residents, settings: Settings) -> APIRouter:
     async def complete(request: Request) -> Response:
         """An answer to a prompt."""
         came_s = time.monotonic()
-        fields = Fields.read(await request.body(), "CompletionRequest")
+        fields = await read(request, "CompletionRequest")
         order = Order.of(fields, "text_completion", came_s)
         asked = asked_of(fields, fields.whole("logprobs"))
         asked = replace(asked, turns=completion_turns(fields), suffix=fields.text("suffix"))
@@ -125,7 +126,7 @@ class Order:
 async def _answered(residents: Residents, request: Request, order: Order, asked: Asked) -> Response:
     needs = AsyncExitStack()
     async with needs:
-        call = Call(request, order.name, order.keep_ns, order.came_s)
+        call = Call(request, order.name, order.keep_ns, order.came_s, "chat" if order.chats else "generate")
         coming = await unless_gone(request, needs.enter_async_context(begun(residents, call, asked, order.count)))
         if order.streams:
             return Streamed(_frames(order, coming), needs.pop_all(), "text/event-stream")

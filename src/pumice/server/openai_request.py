@@ -8,6 +8,7 @@ from typing import Any
 
 from pumice.ollama_prompt import Turn
 from pumice.server.asked import Asked
+from pumice.server.bodies import aside
 from pumice.server.remote import Remote
 from pumice.server.residents import Residents
 from pumice.server.settings import Settings
@@ -183,7 +184,7 @@ async def _image(url: str, remote: Remote, residents: Residents) -> bytes:
     if head and not (head.endswith(";base64") and (head.startswith(("data:image/", "data:;")))):
         raise Refused(400, f"invalid image input: {head[:60]!r} is no image in base64")
     try:
-        data = image_bytes(url)
+        data = await aside(len(url), lambda: image_bytes(url))
     except Refused as error:
         raise Refused(400, f"invalid image input: {error.message}") from None
     if not data:

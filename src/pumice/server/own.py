@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from pumice.server.bodies import aside, read
 from pumice.server.documents import body
 from pumice.server.library import required
 from pumice.server.ollama import pictures
 from pumice.server.residents import Residents
 from pumice.server.settings import Settings
-from pumice.server.wire import Fields
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,8 +36,9 @@ def routes(residents: Residents, settings: Settings) -> APIRouter:
     async def see(request: Request) -> Response:
         """What a model really sees of images: for each the whole view, then its tiles row by row, and how many tokens
         it takes."""
-        fields = Fields.read(await request.body(), "SeeRequest")
-        name, images, most = required(fields), pictures(fields, settings), fields.whole("image_tokens")
+        fields = await read(request, "SeeRequest")
+        name, most = required(fields), fields.whole("image_tokens")
+        images = await aside(fields.size, lambda: pictures(fields, settings))
         async with residents.use(name) as resident, resident.turn:
             model = resident.model
             return JSONResponse({"images": await residents.read(lambda: _seen(model, images, most))})

@@ -7,21 +7,21 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from pumice import store
-from pumice.durations import FOREVER_NS, SECOND_NS
+from pumice.durations import FOREVER_NS
 from pumice.errors import UserError
 from pumice.room.memory import host
-from pumice.server.asked import Contexts
+from pumice.server.loaded import Embedder, Loaded, Resident
 from pumice.server.metrics import Metrics, Standing
-from pumice.server.settings import Settings
+from pumice.server.settings import Address, Settings
 from pumice.server.wire import Refused
-from pumice.store import Installed, Stored
+from pumice.store import Installed, Stored, embedders
 
 if TYPE_CHECKING:
     from pumice.model import Model
+    from pumice.sentences import SentenceModel
     from pumice.server.worker import Worker
 
 T = TypeVar("T")
@@ -34,41 +34,12 @@ LOW = 0.03
 """Of the machine's memory: with less of it free, models go that nobody asks."""
 
 
-@dataclass(eq=False)
-class Resident:
-    """A model in memory."""
-
-    installed: Installed
-    model: Model
-    worker: Worker
-    keep_ns: int
-    turn: asyncio.Semaphore
-    """So many requests are read and answered at a time; the others wait with their bytes alone."""
-    context: int | None = None
-    """`Settings.context`."""
-    users: int = 0
-    ended_s: float = field(default_factory=time.time)
-    """When its last answer ended, in seconds since 1970."""
-    contexts: Contexts = field(default_factory=Contexts)
-
-    @property
-    def expires_s(self) -> float:
-        """When it goes if nobody asks, in seconds since 1970."""
-        since = time.time() if self.users else self.ended_s
-        return since + self.keep_ns / SECOND_NS
-
-    @property
-    def bytes(self) -> int:
-        """Weights, and the cache for keys and values."""
-        return self.installed.size + self.model.engine.cache_bytes
-
-
 class Residents:
     """All models in memory. Used from one event loop."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._residents: dict[str, Resident] = {}
+        self._residents: dict[str, Loaded] = {}
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._loading = asyncio.Lock()
         self._ended = asyncio.Event()
@@ -83,18 +54,36 @@ class Residents:
         self.metrics = Metrics(self._standings)
 
     @property
-    def all(self) -> list[Resident]:
+    def all(self) -> list[Loaded]:
         """The one that goes last first, as `ps` shows them."""
         return sorted(self._residents.values(), key=lambda each: -each.expires_s)
 
     @asynccontextmanager
-    async def use(self, name: str, keep_ns: int | None = None) -> AsyncIterator[Resident]:
-        """A model, loaded if it must be, that stays at least until the end of this block.
+    async def use(
+        self, name: str, keep_ns: int | None = None, to: Literal["generate", "chat"] = "generate"
+    ) -> AsyncIterator[Resident]:
+        """A model that answers, loaded if it must be, that stays at least until the end of this block.
 
-        keep_ns: how long it then stays; None leaves that as it is. Raises Refused for too many requests and a name that
-        leads nowhere, UserError for a model that cannot be loaded.
+        keep_ns: how long it then stays; None leaves that as it is. to: what it is asked, for the error of a model that
+        only gives vectors. Raises Refused for too many requests, a name that leads nowhere and such a model, UserError
+        for a model that cannot be loaded.
         """
         installed = named(name)
+        if embedders.embeds(installed):
+            raise Refused(400, f'"{name}" does not support {to}: it is an embedding model')
+        async with self._held(installed, keep_ns) as loaded:
+            assert isinstance(loaded, Resident), "a model that answers was not loaded as one"
+            yield loaded
+
+    @asynccontextmanager
+    async def use_for_vectors(self, name: str, keep_ns: int | None = None) -> AsyncIterator[Loaded]:
+        """Any model, as `use`; also an embedding model by its folder, for who sits at this machine."""
+        here = embedders.at(name) if Address(host=self._settings.host).is_loopback else None
+        async with self._held(here or named(name), keep_ns) as loaded:
+            yield loaded
+
+    @asynccontextmanager
+    async def _held(self, installed: Installed, keep_ns: int | None) -> AsyncIterator[Loaded]:
         if self.pending >= self._settings.max_queue:
             self.metrics.refused(installed.title)
             raise Refused(503, BUSY)
@@ -116,7 +105,7 @@ class Residents:
         finally:
             self.pending -= 1
 
-    def find(self, name: str) -> Resident | None:
+    def find(self, name: str) -> Loaded | None:
         """The resident of a name, where it is in memory."""
         installed = store.find(name)
         return None if installed is None else self._residents.get(_key(installed))
@@ -131,7 +120,7 @@ class Residents:
             self.drop(resident)
         return True
 
-    def drop(self, resident: Resident) -> None:
+    def drop(self, resident: Loaded) -> None:
         """Let a model go; answers under way fail. Nobody waits for it but the next load."""
         if self._residents.get(key := _key(resident.installed)) is resident:
             del self._residents[key]
@@ -173,14 +162,13 @@ class Residents:
     def _standings(self) -> list[Standing]:
         # A request may have several answers under way.
         return [
-            Standing(each.installed.title, at_work := each.worker.waiting, max(0, each.users - at_work),
-                     each.model.cache_share)
+            Standing(each.installed.title, at_work := each.at_work, max(0, each.users - at_work), each.cache_share)
             for each in self._residents.values()
         ]  # fmt: skip
 
-    async def _resident(self, installed: Installed) -> Resident:
+    async def _resident(self, installed: Installed) -> Loaded:
         key = _key(installed)
-        while (found := self._residents.get(key)) is None or not found.worker.alive:
+        while (found := self._residents.get(key)) is None or not found.alive:
             if found is not None:
                 self.drop(found)
             if key not in self._loads:
@@ -199,17 +187,23 @@ class Residents:
                     while len(self._residents) >= self._settings.max_models:
                         await self._let_one_go()
                     try:
-                        model, worker = await self._in(self._loader, lambda: _load(installed.title, self._settings))
+                        self._residents[key] = await self._made(installed)
                         break
                     except NoRoom:
                         if not self._residents:
                             raise
                         await self._let_one_go()
-                turn = asyncio.Semaphore(self._settings.parallel or ROWS)
-                keep_ns, context = self._settings.keep_alive_ns, self._settings.context
-                self._residents[key] = Resident(installed, model, worker, keep_ns, turn, context)
         finally:
             del self._loads[key]
+
+    async def _made(self, installed: Installed) -> Loaded:
+        settings = self._settings
+        if embedders.embeds(installed):
+            vectors = await self._in(self._loader, lambda: _load_embedder(installed))
+            return Embedder(installed, vectors, settings.keep_alive_ns, asyncio.Semaphore(1))
+        model, worker = await self._in(self._loader, lambda: _load(installed.title, settings))
+        turn = asyncio.Semaphore(settings.parallel or ROWS)
+        return Resident(installed, model, worker, settings.keep_alive_ns, turn, settings.context)
 
     async def _let_one_go(self) -> None:
         """The model that was asked longest ago and is idle; or wait until there is one."""
@@ -219,7 +213,7 @@ class Residents:
             self._ended.clear()
             await self._ended.wait()
 
-    def _idle(self) -> Resident | None:
+    def _idle(self) -> Loaded | None:
         free = [each for each in self._residents.values() if not each.users]
         return min(free, key=lambda each: each.ended_s, default=None)
 
@@ -255,10 +249,20 @@ def _load(title: str, settings: Settings) -> tuple[Model, Worker]:
     return model, Worker(model, title)
 
 
-def _let_go(resident: Resident) -> None:
+def _load_embedder(installed: Installed) -> SentenceModel:
+    from pumice.sentences import load_sentences
+
+    if isinstance(installed, Stored):
+        there = embedders.repository(installed.name)
+        raise UserError(
+            f"{installed.title} is a GGUF file of an embedding model, which pumice does not run",
+            hint=f"pull {there or 'it from the Hub'}, and ask that",
+        )
+    return load_sentences(installed.path, installed.title)
+
+
+def _let_go(resident: Loaded) -> None:
     import gc
 
-    resident.worker.close()
-    if not resident.users:  # who still has it is told that it is gone
-        del resident.model, resident.worker
+    resident.close()
     gc.collect()

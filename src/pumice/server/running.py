@@ -41,10 +41,23 @@ def listening(settings: Settings) -> socket.socket:
     return found
 
 
+def allow_connections() -> None:
+    """As many as the system lets this process have, as Go's programs do: shells hand down 1024 files, and of more the
+    server would take none for a second each time, from anybody."""
+    try:
+        import resource
+    except ImportError:  # Windows, which has no such number
+        return
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # macOS says that there is none, and means another
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def serve(settings: Settings) -> None:
     """Answer until a signal comes; then take no more, let answers end, and leave. Raises UserError; see `listening`."""
     if settings.offline:
         offline.enforce()
+    allow_connections()
     place = listening(settings)
     host, port = place.getsockname()[:2]
     config = uvicorn.Config(

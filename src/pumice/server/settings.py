@@ -97,6 +97,8 @@ class Settings:
     """The explicit word: everybody who reaches the address may use it, without a key."""
     max_body_bytes: int = 64 * MIB
     """Of a request; a model's file (`/api/blobs`) is as long as it is."""
+    max_bodies_bytes: int = 512 * MIB
+    """Of all requests that wait or are answered, together; one more is refused with 503."""
     max_images: int = 64
     """Pictures of one request."""
     request_read_s: float = 120.0

@@ -87,8 +87,9 @@ async def merged(sources: Sequence[AsyncIterator[Chunk]]) -> AsyncGenerator[tupl
 
 def error_object(status: int, message: str) -> dict[str, object]:
     """An error as OpenAI's API has it."""
-    kinds = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error"}
-    return {"message": message, "type": kinds.get(status, "api_error"), "param": None, "code": None}
+    kinds = {401: "authentication_error", 404: "not_found_error"}
+    usual = "invalid_request_error" if 400 <= status < 500 else "api_error"
+    return {"message": message, "type": kinds.get(status, usual), "param": None, "code": None}
 
 
 def status_of(error: UserError | Refused) -> tuple[int, str]:

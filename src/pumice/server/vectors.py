@@ -1,78 +1,80 @@
-"""Embeddings in both APIs: of texts and images, by the LLaVA itself (`Model.embed`, `Model.embed_images`)."""
+"""Embeddings in both APIs: by an embedding model (`sentences.py`); or of texts and images by a LLaVA itself
+(`Model.embed`, `Model.embed_images`). The answer says which."""
 
 from __future__ import annotations
 
 import base64
+import json
 import struct
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from pumice.durations import keep_alive
+from pumice.server.bodies import aside, read
 from pumice.server.documents import body
 from pumice.server.library import required
+from pumice.server.loaded import Embedder
 from pumice.server.ollama import pictures
 from pumice.server.residents import Residents
 from pumice.server.settings import Settings
 from pumice.server.streams import unless_gone
-from pumice.server.wire import Fields, Refused
+from pumice.server.wire import Fields, Json, Refused
 
 if TYPE_CHECKING:
     from pumice.model import Model
+    from pumice.sentences import SentenceModel
 
 MOST_TEXTS = 2048
 """Of one request; OpenAI's number."""
-TEXTS_ARE = "mean of the language model's last hidden states"
-IMAGES_ARE = "mean of the features that the language model gets; not comparable with texts"
+LLAVAS = MappingProxyType({
+    "texts": "mean of the language model's last hidden states",
+    "images": "mean of the features that the language model gets; not comparable with texts",
+})  # fmt: skip
+"""What the vectors of a model that answers are."""
+SAID = "an embedding model's, by sentence-transformers"
 
 
 def routes(residents: Residents, settings: Settings) -> APIRouter:
     """POST /api/embed, /api/embeddings and /v1/embeddings."""
     router = APIRouter(tags=["embeddings"])
 
-    async def vectors(request: Request, fields: Fields, wanted: Wanted) -> tuple[list[list[float]], list[int], float]:
-        """Vectors, the tokens of each, and the seconds until the model was there."""
-        began_s = time.monotonic()
-        keep_ns = keep_alive(fields.any("keep_alive"))
-
-        async def whole() -> tuple[list[list[float]], list[int], float]:
-            async with residents.use(required(fields), keep_ns) as resident, resident.turn:
-                loaded_s, model = time.monotonic() - began_s, resident.model
-                return (*await residents.read(lambda: wanted.of(model), slow=True), loaded_s)
-
-        return await unless_gone(request, whole())
-
     @router.post("/api/embed", openapi_extra=body("EmbedRequest"))
     async def embed(request: Request) -> Response:
         """Vectors of length 1 of texts, and behind them of images."""
         began_s = time.monotonic()
-        fields = Fields.read(await request.body(), "EmbedRequest")
-        wanted = Wanted(texts_of(fields.any("input")), pictures(fields, settings), fields)
-        found, tokens, loaded_s = await vectors(request, fields, wanted)
-        counts = {
+        fields = await read(request, "EmbedRequest")
+        images = await aside(fields.size, lambda: pictures(fields, settings))
+        found = await _found(residents, request, fields, Wanted(texts_of(fields.any("input")), images, fields))
+        told = {
+            "model": required(fields),
             "total_duration": int((time.monotonic() - began_s) * 1e9),
-            "load_duration": int(loaded_s * 1e9),
-            "prompt_eval_count": sum(tokens),
+            "load_duration": int(found.loaded_s * 1e9),
+            "prompt_eval_count": found.tokens,
+            "pumice": dict(found.said),
         }
-        own = {"texts": TEXTS_ARE, "images": IMAGES_ARE}
-        return JSONResponse({"model": required(fields), "embeddings": found, **counts, "pumice": own})
+        return Response(_with(told, "embeddings", found.vectors), media_type=Json.media_type)
 
     @router.post("/api/embeddings", openapi_extra=body("EmbeddingRequest"))
     async def old(request: Request) -> Response:
         """The vector of one text, of whatever length."""
-        fields = Fields.read(await request.body(), "EmbeddingRequest")
+        fields = await read(request, "EmbeddingRequest")
         prompt = fields.text("prompt")
-        found, _, _ = await vectors(request, fields, Wanted([prompt] if prompt else [], (), fields, normalise=False))
-        return JSONResponse({"embedding": found[0] if found else []})
+        found = await _found(
+            residents, request, fields, Wanted([prompt] if prompt else [], (), fields, normalise=False)
+        )
+        (vector,) = found.vectors or ["[]"]
+        return Response(f'{{"embedding":{vector}}}', media_type=Json.media_type)
 
     @router.post("/v1/embeddings", openapi_extra=body("EmbeddingsRequest"))
     @router.post("/embeddings", include_in_schema=False)
     async def openai(request: Request) -> Response:
         """Vectors of texts."""
-        fields = Fields.read(await request.body(), "EmbeddingsRequest")
+        fields = await read(request, "EmbeddingsRequest")
         form = fields.text("encoding_format") or "float"
         if form not in ("float", "base64"):
             words = f"Invalid value for 'encoding_format' = {form[:50]}. Supported values: ['float', 'base64']."
@@ -80,33 +82,63 @@ def routes(residents: Residents, settings: Settings) -> APIRouter:
         texts = texts_of(fields.any("input"))
         if not texts:
             raise Refused(400, "invalid input")
-        found, tokens, _ = await vectors(request, fields, Wanted(texts, (), fields))
+        found = await _found(residents, request, fields, Wanted(texts, (), fields, packed=form == "base64"))
         data = [
-            {"object": "embedding", "index": index, "embedding": _packed(each) if form == "base64" else each}
-            for index, each in enumerate(found)
+            f'{{"object":"embedding","index":{index},"embedding":{each}}}' for index, each in enumerate(found.vectors)
         ]
-        usage = {"prompt_tokens": sum(tokens), "total_tokens": sum(tokens)}
-        return JSONResponse({"object": "list", "data": data, "model": required(fields), "usage": usage})
+        usage = {"prompt_tokens": found.tokens, "total_tokens": found.tokens}
+        told = {"object": "list", "model": required(fields), "usage": usage}
+        return Response(_with(told, "data", data), media_type="application/json")
 
     return router
+
+
+class Found(NamedTuple):
+    """Vectors as JSON, the tokens of all texts, the seconds until the model was there, and what the vectors are."""
+
+    vectors: list[str]
+    tokens: int
+    loaded_s: float
+    said: Mapping[str, str]
+
+
+async def _found(residents: Residents, request: Request, fields: Fields, wanted: Wanted) -> Found:
+    began_s = time.monotonic()
+    keep_ns = keep_alive(fields.any("keep_alive"))
+
+    async def whole() -> Found:
+        async with residents.use_for_vectors(required(fields), keep_ns) as resident, resident.turn:
+            loaded_s, model = time.monotonic() - began_s, resident.model
+            texts, tokens = await residents.read(lambda: wanted.of(model), slow=True)
+            said = {"texts": SAID} if isinstance(resident, Embedder) else LLAVAS
+            return Found(texts, sum(tokens), loaded_s, said)
+
+    return await unless_gone(request, whole())
 
 
 class Wanted:
     """What is to be embedded, and how."""
 
     def __init__(
-        self, texts: Sequence[str], images: Sequence[bytes], fields: Fields, *, normalise: bool = True
+        self,
+        texts: Sequence[str],
+        images: Sequence[bytes],
+        fields: Fields,
+        *,
+        normalise: bool = True,
+        packed: bool = False,
     ) -> None:
-        """Raises Refused."""
-        self._texts, self._images, self._normalise = texts, images, normalise
+        """packed: in base64. Raises Refused."""
+        self._texts, self._images, self._normalise, self._packed = texts, images, normalise, packed
         self._truncate = fields.flag("truncate", True)
         self._width = fields.whole("dimensions")
         if self._width is not None and self._width < 1:
             raise Refused(400, f"dimensions is {self._width:.3g}; give a number from 1")
 
-    def of(self, model: Model) -> tuple[list[list[float]], list[int]]:
-        """Takes a while. Raises UserError."""
-        found: list[list[float]] = []
+    def of(self, model: Model | SentenceModel) -> tuple[list[str], list[int]]:
+        """The vectors as JSON, one after the other: all in one go would keep everybody waiting. Takes a while. Raises
+        UserError."""
+        found: list[str] = []
         tokens: list[int] = []
         parts = []
         if self._texts:
@@ -117,9 +149,17 @@ class Wanted:
             vectors_ND = part.vectors_ND[:, : self._width]
             if self._width is not None and self._normalise:
                 vectors_ND = vectors_ND / vectors_ND.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-            found += vectors_ND.tolist()
+            found += [self._json(each.tolist()) for each in vectors_ND]
             tokens += part.tokens
         return found, tokens
+
+    def _json(self, vector: Sequence[float]) -> str:
+        return f'"{_packed(vector)}"' if self._packed else json.dumps(vector, separators=(",", ":"))
+
+
+def _with(told: Mapping[str, object], name: str, items: Sequence[str]) -> str:
+    """An object and one list more, whose items are JSON already."""
+    return f'{json.dumps(told)[:-1]}, "{name}":[{",".join(items)}]}}'
 
 
 def texts_of(value: Any) -> list[str]:

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from starlette.responses import JSONResponse
+
 from pumice.errors import UserError
 
 NDJSON = "application/x-ndjson"
@@ -42,9 +44,11 @@ class Fields:
         # Of keys that differ in case alone the last counts, as of equal ones.
         self.values = {name.lower(): value for name, value in values.items() if value is not None}
         self._struct = struct
+        self.size = 0
+        """Bytes of the whole request, where this is all of it."""
 
     @classmethod
-    def read(cls, body: bytes, struct: str) -> Fields:
+    def read(cls, body: bytes | bytearray, struct: str) -> Fields:
         """Raises Refused for no body, no JSON, and JSON that is no object."""
         text = body.decode("utf-8", errors="replace").lstrip()
         if not text:
@@ -57,7 +61,9 @@ class Fields:
             raise Refused(400, f"invalid JSON: {str(error)[:200]}") from None
         if not isinstance(value, dict):
             raise Refused(400, f"json: cannot unmarshal {_kind(value)} into Go value of type api.{struct}")
-        return cls(_scrubbed(value) if "\\u" in text else value, struct)
+        found = cls(_scrubbed(value) if "\\u" in text else value, struct)
+        found.size = len(body)
+        return found
 
     def has(self, name: str) -> bool:
         return name in self.values
@@ -127,15 +133,35 @@ def image_bytes(text: str) -> bytes:
     found = _DATA_URL.match(text)
     start = found.end() if found else 0
     plain = text[start:].translate(_TO_STANDARD)
+    padded = plain + "=" * (-len(plain) % 4)
     try:
-        return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+        if "=" in padded[:-2]:
+            raise binascii.Error
+        # Piece by piece: Python does nothing else while it decodes one.
+        pieces = (padded[at : at + _PIECE] for at in range(0, len(padded), _PIECE))
+        return b"".join(base64.b64decode(each, validate=True) for each in pieces)
     except (binascii.Error, ValueError):
         strange = re.search(r"[^A-Za-z0-9+/]", plain)
         place = start + (strange.start() if strange else len(plain))
         raise Refused(400, f"illegal base64 data at input byte {place}") from None
 
 
+_PIECE = 4 * 2**18
 _TO_STANDARD = {ord("-"): "+", ord("_"): "/", ord("\r"): None, ord("\n"): None}
+
+
+class Json(JSONResponse):
+    """An answer of Ollama's API: gin says the charset, which OpenAI's answers do without."""
+
+    media_type = "application/json; charset=utf-8"
+
+
+def is_openai(path: str) -> bool:
+    """Is this a path of OpenAI's API, with its `/v1` or without?"""
+    return path.startswith(("/v1/", "/models/")) or path in _OPENAI
+
+
+_OPENAI = frozenset({"/v1", "/chat/completions", "/completions", "/embeddings", "/models"})
 
 
 def line(value: Mapping[str, Any]) -> bytes:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pumice.errors import UserError, nearest, shortened
-from pumice.store import hub_cache
+from pumice.store import embedders, hub_cache
 from pumice.store.installed import Folder, Installed, Stored
 from pumice.store.names import Name
 from pumice.store.places import hub_folder, ollama_stores, own_store
@@ -97,6 +97,11 @@ def read(name: str | Path, *, beside: Sequence[str | Path] = (), template: str |
     from pumice import checkpoints
 
     found = files(name)
+    if os.path.isfile(found.path / hub_cache.PARTS):
+        raise UserError(
+            f"{found.title} is an embedding model, which gives vectors and answers nothing",
+            hint="ask a server for them: pumice serve, then POST /api/embed",
+        )
     others = tuple(resolve(each) for each in beside) or found.beside
     if found.stored is None:
         return checkpoints.read(found.path, beside=others, template=template)
@@ -110,6 +115,7 @@ def read(name: str | Path, *, beside: Sequence[str | Path] = (), template: str |
 
 def find(name: str) -> Installed | None:
     """The installed model of a name, whatever its case: from the package, the own store, Ollama's, the Hub's cache.
+    What Ollama's users call an embedding model is the Hub's before Ollama's, whose files of it pumice does not run.
 
     None where there is none, and for what is no name. Raises UserError for a manifest that cannot be read.
     """
@@ -119,7 +125,11 @@ def find(name: str) -> Installed | None:
         return None
     if inside := bundled(wanted):
         return _bundled(inside)
-    for store in (own_store(), *ollama_stores()):
+    if found := own_store().find(wanted):
+        return found
+    if (there := embedders.repository(wanted)) and (vectors := hub_cache.find(hub_folder(), Name.parse(there))):
+        return vectors
+    for store in ollama_stores():
         if found := store.find(wanted):
             return found
     return hub_cache.find(hub_folder(), wanted)

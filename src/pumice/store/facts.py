@@ -14,6 +14,7 @@ from pumice.ollama_prompt import Worded, worded
 from pumice.options import parameter_texts, parameters_text
 from pumice.prompt import TEMPLATES
 from pumice.store import model_info
+from pumice.store.embedders import embeds
 from pumice.store.hub_cache import EYES
 from pumice.store.installed import Folder, Installed, Stored
 from pumice.store.names import Name
@@ -79,6 +80,8 @@ def capabilities(model: Installed) -> tuple[str, ...]:
     """In Ollama's words and order. A template that cannot be read can do nothing beyond asking.
 
     Raises UserError where the store's template is damaged."""
+    if embeds(model):
+        return ("embedding",)
     text = template(model)
     try:
         names = read_template(text).names if text else frozenset()

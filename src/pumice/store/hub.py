@@ -26,7 +26,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars, tqdm
 
 from pumice.errors import UserError, shortened
 from pumice.store.download import TOLD_EVERY_S, on_disk
-from pumice.store.hub_cache import PICKLES, WORDS, wanted
+from pumice.store.hub_cache import PARTS, PICKLES, WORDS, wanted
 from pumice.store.link import Unreachable
 from pumice.store.registry import Missing
 from pumice.store.transfer import Progress
@@ -113,6 +113,16 @@ def _bar(told: Callable[[int], None]) -> type[tqdm]:
 def _refuse_incomplete(repository: str) -> None:
     """Raises LocalEntryNotFoundError unless the cache has all files that `pull` would bring."""
     words = [f"*{each}" for each in WORDS]
+    parts = huggingface_hub.try_to_load_from_cache(repository, PARTS)
+    if isinstance(parts, str):
+        texts = ["*vocab.txt", "*merges.txt", "*.model"]
+        huggingface_hub.snapshot_download(
+            repository,
+            local_files_only=True,
+            allow_patterns=["*.safetensors", *words, *texts],
+            ignore_patterns=["[!0-9]*/*", "*/*/*"],
+        )
+        return
     folder = huggingface_hub.snapshot_download(
         repository,
         local_files_only=True,

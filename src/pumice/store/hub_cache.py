@@ -29,12 +29,17 @@ WHOLE = "pytorch_model"
 PICKLES = (WHOLE, "adapter_model", "mm_projector", "non_lora_trainables")
 """How the names of those pickles begin that are read where they must be."""
 
+PARTS = "modules.json"
+"""Names the parts of a model of sentence-transformers, most of which lie in folders: `1_Pooling`, `2_Dense`."""
+_PART = re.compile(r"([0-9]+_[A-Za-z]+/)?[^/]*(\.safetensors|\.json|\.jinja|\.model|vocab\.txt|merges\.txt)")
+
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def models(root: Path) -> list[Folder]:
-    """Those that pumice may run."""
-    return [each for each in map(_opened, _repositories(root)) if each and each.config.get("model_type") in LISTED]
+    """Those that pumice may run, and embedding models."""
+    found = filter(None, map(_opened, _repositories(root)))
+    return [each for each in found if each.embeds or each.config.get("model_type") in LISTED]
 
 
 def find(root: Path, name: Name) -> Folder | None:
@@ -47,7 +52,10 @@ def find(root: Path, name: Name) -> Folder | None:
 
 
 def wanted(names: Sequence[str]) -> list[str]:
-    """Of the files of a repository those that pumice reads: none in folders, no pickle beside its safetensors."""
+    """Of the files of a repository those that pumice reads: none in folders but the parts of an embedding model, no
+    pickle beside its safetensors."""
+    if PARTS in names:
+        return sorted(each for each in names if _PART.fullmatch(each))
     here = [each for each in names if "/" not in each]
     safe = {each.partition(".")[0].partition("-0")[0] for each in here if each.endswith(".safetensors")}
     pickles = tuple(

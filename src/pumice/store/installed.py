@@ -16,7 +16,7 @@ from pumice.store.blobs import SMALL_BYTES, Blobs, told
 from pumice.store.manifest import Layer, Manifest
 from pumice.store.names import Name
 
-Place = Literal["pumice", "Ollama", "Hub", "package"]
+Place = Literal["pumice", "Ollama", "Hub", "package", "disk"]
 """Whose a model is: only those of `pumice` are changed."""
 
 MAX_TEXT_BYTES = SMALL_BYTES
@@ -130,7 +130,8 @@ class Stored:
 
 @dataclass(frozen=True)
 class Folder:
-    """A model in a checkpoint folder that has a name: in the Hub cache, or in the package."""
+    """A model in a checkpoint folder that has a name: in the Hub cache, or in the package. An embedding model may also
+    lie anywhere on this disk; its path is its name then."""
 
     title: str
     path: Path
@@ -141,11 +142,16 @@ class Folder:
     beside: tuple[Path, ...] = ()
 
     @property
+    def embeds(self) -> bool:
+        """Is it a model of sentence-transformers, which gives vectors and no answers?"""
+        return (self.path / "modules.json").is_file()
+
+    @property
     def digest(self) -> str:
         """The Hub's commit; for a folder without one, the SHA-256 of its weights."""
         if self.commit is not None:
             return self.commit
-        paths = sorted(self.path.glob("*.safetensors"))
+        paths = sorted(self.path.rglob("*.safetensors"))
         return _told_once(*((path, path.stat().st_mtime_ns) for path in paths))
 
     @property

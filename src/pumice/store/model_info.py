@@ -75,8 +75,10 @@ def sees_by_parts(model: Folder) -> bool:
 
 
 def language_model(model: Folder) -> str:
-    """Its kind: llama, mistral, qwen2 or phi3."""
+    """Its kind: llama, mistral, qwen2 or phi3; whatever an embedding model says."""
     named = text_settings(model).get("model_type")
+    if model.embeds:
+        return named if isinstance(named, str) else "unknown"
     return named if isinstance(named, str) and named in TEXT_DEFAULTS else _AUTHORS.get(str(named), "llama")
 
 
@@ -109,13 +111,33 @@ def _counted(path: Path, modified_ns: int) -> int:
 
 def _of_folder(model: Folder) -> dict[str, object]:
     said, kind = text_settings(model), language_model(model)
-    usual = TEXT_DEFAULTS[kind]
     architecture = "llama" if kind == "mistral" else kind
-    heads = said.get("num_attention_heads", usual.heads)
     count = parameters(model)
     dtype = model.config.get("dtype") or model.config.get("torch_dtype")
     file_type = _NUMBERS.get(_DTYPES.get(str(dtype), ""))
-    found = {
+    found = _of_encoder(said) if model.embeds else _of_language_model(said, kind)
+    general = {"architecture": architecture, "parameter_count": count or None, "file_type": file_type}
+    return {f"general.{key}": value for key, value in general.items() if value is not None} | {
+        f"{architecture}.{key}": value for key, value in found.items() if isinstance(value, int | float)
+    }
+
+
+def _of_encoder(said: Mapping[str, object]) -> dict[str, object]:
+    """Of an embedding model, whose kinds are many: what it says itself."""
+    return {
+        "context_length": said.get("max_position_embeddings"),
+        "embedding_length": said.get("hidden_size"),
+        "block_count": said.get("num_hidden_layers"),
+        "feed_forward_length": said.get("intermediate_size"),
+        "attention.head_count": said.get("num_attention_heads"),
+        "vocab_size": said.get("vocab_size"),
+    }
+
+
+def _of_language_model(said: Mapping[str, object], kind: str) -> dict[str, object]:
+    usual = TEXT_DEFAULTS[kind]
+    heads = said.get("num_attention_heads", usual.heads)
+    return {
         "context_length": said.get("max_position_embeddings", usual.max_positions),
         "embedding_length": said.get("hidden_size", usual.width),
         "block_count": said.get("num_hidden_layers", usual.layers),
@@ -125,10 +147,6 @@ def _of_folder(model: Folder) -> dict[str, object]:
         "attention.layer_norm_rms_epsilon": said.get("rms_norm_eps", usual.norm_eps),
         "rope.freq_base": _theta(said),
         "vocab_size": said.get("vocab_size", usual.vocab),
-    }
-    general = {"architecture": architecture, "parameter_count": count or None, "file_type": file_type}
-    return {f"general.{key}": value for key, value in general.items() if value is not None} | {
-        f"{architecture}.{key}": value for key, value in found.items() if isinstance(value, int | float)
     }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Generator
 
 from pumice import store
 from pumice.errors import UserError, nearest, shortened
-from pumice.store import transfer
+from pumice.store import embedders, transfer
 from pumice.store.hub_cache import HOSTS
 from pumice.store.installed import Stored
 from pumice.store.link import Reach
@@ -16,20 +16,25 @@ from pumice.store.places import ollama_stores, own_store
 from pumice.store.registry import Missing
 from pumice.store.transfer import Progress, Shelves
 
-AUTHORS = ("llava-hf", "liuhaotian")
-"""Whose names mean the Hub first: they publish LLaVA there, and anybody could take these names in a registry."""
+AUTHORS = ("llava-hf", "liuhaotian", "sentence-transformers")
+"""Whose names mean the Hub first: they publish LLaVA or embedding models there, and anybody could take these names in a
+registry."""
 
 
 def pull(text: str, reach: Reach) -> Generator[Progress]:
     """Bring a model to this machine by its name.
 
     `llava:13b` and `HOST/USER/MODEL:TAG` come from a registry, `hf.co/USER/REPOSITORY:QUANT` too; `USER/REPOSITORY`
-    comes from the Hub where the registry has none, and at once where it is one of AUTHORS. What is bundled is here.
-    Raises UserError, Missing where no place has it; see `transfer.pull`.
+    comes from the Hub where the registry has none, and at once where it is one of AUTHORS; so does what Ollama calls an
+    embedding model, whose files pumice does not run. What is bundled is here. Raises UserError, Missing where no place
+    has it; see `transfer.pull`.
     """
     name = Name.parse(text)
     if store.bundled(name):
         yield Progress("success")
+        return
+    if there := embedders.repository(name):
+        yield from _from_hub(Name.parse(there))
         return
     on_hub = name.host in HOSTS and name.namespace != NAMESPACE and name.tag == TAG
     if on_hub and name.namespace in AUTHORS:

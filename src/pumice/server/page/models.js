@@ -42,9 +42,12 @@ function compare(on) {
   $("compare").setAttribute("aria-pressed", String(on));
 }
 
+/** Models that answer: embedding models are listed, and asked elsewhere. */
+const answering = () => installed.filter(({ capabilities }) => !capabilities?.includes("embedding"));
+
 /** Chooses the models of an opened chat, those of them that are still here. */
 export function choose(names) {
-  const here = names.filter((name) => installed.some((model) => model.name === name));
+  const here = names.filter((name) => answering().some((model) => model.name === name));
   if (here[0]) $("model").value = here[0];
   if (here[1]) $("second").value = here[1];
   compare(here.length > 1);
@@ -55,12 +58,13 @@ export async function refresh() {
   const before = installed.length ? chosen() : parsed(KEPT, []);
   installed = (await api.get("api/tags")).models;
   for (const id of ["model", "second"]) {
-    const options = installed.map(({ name }) => el("option", { value: name }, name));
+    const options = answering().map(({ name }) => el("option", { value: name }, name));
     $(id).replaceChildren(...(options.length ? options : [el("option", { value: "" }, "no model yet")]));
   }
-  if (installed.length > 1) $("second").value = installed[1].name;
+  const second = answering()[1];
+  if (second) $("second").value = second.name;
   choose(before);
-  $("compare").disabled = installed.length === 0;
+  $("compare").disabled = answering().length === 0;
   return installed;
 }
 

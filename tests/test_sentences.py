@@ -1,0 +1,261 @@
+"""Embedding models: what sentence-transformers itself says is what the server answers, by each of their names."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ollama
+import openai
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+from pumice import store
+from pumice.cli.look import show
+from pumice.errors import UserError
+from pumice.room.memory import Memory
+from pumice.sentences import Machine, NoRoom, load_sentences
+from pumice.server.residents import Residents
+from pumice.server.settings import Settings
+from pumice.server.wire import Refused
+from sentence_folder import sentence_folder
+from served import post, served
+
+TEXTS = ["a red circle", "", "ünder 3", "two\nlines", "z" * 20]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+HUB = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sentence_folder(tmp_path_factory.mktemp("sentences") / "m")
+
+
+@pytest.fixture(scope="module")
+def oracle(folder: Path) -> Any:
+    return SentenceTransformer(str(folder), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server whose Hub cache has one embedding model, and which looks up no name."""
+    hub = tmp_path_factory.mktemp("hub")
+    repository = hub / f"models--{HUB.replace('/', '--')}"
+    shutil.copytree(folder, repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    found = socket.getaddrinfo
+
+    def near(host: Any, *others: Any, **more: Any) -> Any:
+        assert host in (None, "127.0.0.1", "localhost"), f"{host} was looked up"
+        return found(host, *others, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_CACHE", str(hub))
+        patch.setattr(socket, "getaddrinfo", near)
+        with served(Settings(port=0)) as base:
+            yield base
+
+
+@pytest.fixture
+def client(base: str) -> Iterator[ollama.Client]:
+    with ollama.Client(base) as client:
+        yield client
+
+
+def test_vectors_by_each_name(base: str, client: ollama.Client, oracle: Any, folder: Path) -> None:
+    wanted = oracle.encode(TEXTS)
+    for name in ("all-minilm", "All-MiniLM:22m", HUB, f"hf.co/{HUB}", str(folder)):
+        found = client.embed(name, TEXTS)
+        assert found.model == name
+        np.testing.assert_allclose(np.array(found.embeddings), wanted, atol=1e-5)
+        assert found.prompt_eval_count == sum(len(each) for each in oracle.tokenizer(TEXTS)["input_ids"])
+    one = client.embeddings("all-minilm", TEXTS[0]).embedding
+    np.testing.assert_allclose(np.array(one), wanted[0], atol=1e-5)
+    few = SentenceTransformer(str(folder), device="cpu", truncate_dim=7).encode(TEXTS, normalize_embeddings=True)
+    np.testing.assert_allclose(np.array(client.embed("all-minilm", TEXTS, dimensions=7).embeddings), few, atol=1e-5)
+    with openai.OpenAI(base_url=base + "/v1", api_key="x") as other:
+        # Left to itself the client asks for base64.
+        for more in ({}, {"encoding_format": "float"}):
+            data = other.embeddings.create(model="all-minilm", input=TEXTS, **more).data  # type: ignore[arg-type]
+            np.testing.assert_allclose(np.array([each.embedding for each in data]), wanted, atol=1e-5)
+    answer = post(base, "/api/embed", {"model": "all-minilm", "input": "a"}).json()
+    assert answer["pumice"] == {"texts": "an embedding model's, by sentence-transformers"}
+
+
+def test_long_texts_are_cut_or_refused(client: ollama.Client, oracle: Any) -> None:
+    text = "a red circle " * 10
+    found = client.embed("all-minilm", [text, "a"])
+    np.testing.assert_allclose(np.array(found.embeddings), oracle.encode([text, "a"]), atol=1e-5)
+    assert found.prompt_eval_count == 32 + 3
+    with pytest.raises(ollama.ResponseError, match=r"the input length exceeds the context length: .* has 32 positions"):
+        client.embed("all-minilm", ["a", text], truncate=False)
+
+
+def test_lists_say_what_it_is(client: ollama.Client, base: str) -> None:
+    (entry,) = (each for each in client.list().models if each.model == HUB)
+    assert entry.details is not None
+    assert (entry.details.family, entry.details.families) == ("bert", ["bert"])
+    shown = client.show("all-minilm")
+    assert shown.capabilities == ["embedding"]
+    assert shown.modelinfo is not None
+    assert (shown.modelinfo["general.architecture"], shown.modelinfo["bert.embedding_length"]) == ("bert", 32)
+    listed = post_get(base, "/api/tags")["models"]
+    assert [each["capabilities"] for each in listed if each["name"] == HUB] == [["embedding"]]
+    client.embed("all-minilm", "a")
+    (loaded,) = (each for each in post_get(base, "/api/ps")["models"] if each["name"] == HUB)
+    assert (loaded["capabilities"], loaded["context_length"]) == (["embedding"], 32)
+    assert 0 < loaded["size"] < 10**6
+    assert f'model_name="{HUB}"' in post_get(base, "/metrics")
+    client.generate("all-minilm", keep_alive=0)
+    assert HUB not in [each.model for each in client.ps().models]
+    client.embed("all-minilm", "a", keep_alive=0)
+    assert HUB not in [each.model for each in client.ps().models]
+
+
+def post_get(base: str, path: str) -> Any:
+    import httpx2
+
+    answer = httpx2.get(base + path)
+    return answer.json() if "json" in answer.headers["content-type"] else answer.text
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "to"),
+    [
+        ("/api/generate", {"prompt": "x"}, "generate"),
+        ("/api/generate", {}, "generate"),
+        ("/api/generate", {"prompt": "x", "_debug_render_only": True}, "generate"),
+        ("/api/chat", {"messages": [{"role": "user", "content": "x"}]}, "chat"),
+        ("/api/chat", {}, "chat"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}, "chat"),
+        ("/v1/completions", {"prompt": "x", "stream": True}, "generate"),
+        ("/pumice/see", {"images": []}, "generate"),
+    ],
+)
+def test_it_answers_nothing(base: str, path: str, body: dict[str, Any], to: str) -> None:
+    answer = post(base, path, {"model": "all-minilm", **body})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    said = error["message"] if path.startswith("/v1") else error
+    assert said.startswith(f'"all-minilm" does not support {to}')
+
+
+def test_it_sees_nothing(base: str) -> None:
+    answer = post(base, "/api/embed", {"model": "all-minilm", "images": ["AAAA"]})
+    assert (answer.status_code, "for texts alone" in answer.json()["error"]) == (400, True)
+
+
+def test_a_folder_is_for_who_sits_here(base: str, folder: Path) -> None:
+    for name in (str(folder / "1_Pooling"), str(folder.parent), "/etc/passwd", "/no/such", "m", f"./{folder.name}"):
+        answer = post(base, "/api/embed", {"model": name, "input": "a"})
+        assert (answer.status_code, answer.json()["error"]) == (404, f"model '{name}' not found")
+
+    async def ask() -> None:
+        async with Residents(Settings(host="0.0.0.0", open_bind=True)).use_for_vectors(str(folder)):
+            raise AssertionError
+
+    with pytest.raises(Refused, match="not found"):
+        ask().send(None)
+
+
+def test_commands_say_what_it_is(base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    show("all-minilm")
+    said = capsys.readouterr().out
+    assert "embedding" in said
+    assert "bert" in said
+    with pytest.raises(UserError, match="is an embedding model"):
+        store.read("all-minilm")
+
+
+def test_without_the_extra(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(UserError, match="not installed") as caught:
+        load_sentences(folder, "all-minilm")
+    assert "pip install 'pumice[embed]'" in caught.value.hint
+
+
+def changed(folder: Path, tmp_path: Path, name: str, change: Any) -> Path:
+    """A copy whose JSON file `name` is what `change` makes of it."""
+    found = shutil.copytree(folder, tmp_path / "changed")
+    path = found / name
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("os.system", "a part of the kind 'os.system'"),
+        ("mine.Transformer", "a part of the kind 'mine.Transformer'"),
+        ("sentence_transformers.evil.Thing", "a part of the kind"),
+        ("sentence_transformers.models.WordEmbeddings", "a part of the kind"),
+        ("sentence_transformers.no.such.Pooling", "cannot be loaded"),
+    ],
+)
+def test_nothing_is_run_but_known_parts(folder: Path, tmp_path: Path, kind: str, words: str) -> None:
+    found = changed(folder, tmp_path, "modules.json", lambda parts: [parts[0], {**parts[1], "type": kind}])
+    with pytest.raises(UserError, match=words):
+        load_sentences(found, "m")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_d_no_code_of_the_folder_runs(folder: Path, tmp_path: Path, name: str) -> None:
+    canary = tmp_path / "canary"
+    classes = dict.fromkeys(("AutoConfig", "AutoModel"), "evil.Thing") | {"AutoTokenizer": ["evil.Thing", None]}
+    found = changed(folder, tmp_path, name, lambda said: {**said, "auto_map": classes, "trust_remote_code": True})
+    (found / "evil.py").write_text(f"open({str(canary)!r}, 'w')\nclass Thing: pass\n")
+    with suppress(UserError):
+        load_sentences(found, "m").embed(["a"])
+    assert not canary.exists()
+
+
+def test_no_pickle_is_read(folder: Path, tmp_path: Path) -> None:
+    for place in ("", "2_Dense"):
+        found = shutil.copytree(folder, tmp_path / f"pickled{place}")
+        (found / place / "model.safetensors").unlink()
+        torch.save({}, found / place / "pytorch_model.bin")
+        with pytest.raises(UserError, match="no weights as safetensors"):
+            load_sentences(found, "m")
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", "[" * 100_000, '[{"type": 1}]'])
+def test_damaged_parts(folder: Path, tmp_path: Path, text: str) -> None:
+    found = shutil.copytree(folder, tmp_path / "damaged")
+    (found / "modules.json").write_text(text)
+    with pytest.raises(UserError):
+        load_sentences(found, "m")
+
+
+def test_damaged_weights(folder: Path, tmp_path: Path) -> None:
+    found = shutil.copytree(folder, tmp_path / "damaged")
+    path = found / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"^m: model\.safetensors is not a whole safetensors file") as caught:
+        load_sentences(found, "m")
+    assert str(found) not in caught.value.message
+    shutil.copy(found / "tokenizer.json", found / "config.json")
+    shutil.copy(folder / "model.safetensors", path)
+    with pytest.raises(UserError, match="m cannot be loaded") as caught:
+        load_sentences(found, "m")
+    assert str(found) not in caught.value.message
+
+
+def test_a_part_outside_its_folder(folder: Path, tmp_path: Path) -> None:
+    found = changed(folder, tmp_path, "modules.json", lambda parts: [{**parts[0], "path": "../../m"}, *parts[1:]])
+    with pytest.raises(UserError, match="lies outside"):
+        load_sentences(found, "m")
+
+
+def test_no_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Machine, "memory", lambda self, device: Memory(10**9, 1000))
+    with pytest.raises(NoRoom, match=r"m needs 0\.09 MB"):
+        load_sentences(folder, "m")
