@@ -326,7 +326,7 @@ def two_nodes() -> Iterator[str]:
         finally:
             process.send_signal(signal.SIGINT)
             try:
-                process.wait(40)
+                process.wait(150)
             finally:
                 left = marked()
                 for each in left:
