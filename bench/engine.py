@@ -219,7 +219,15 @@ def chunk(*files: str) -> Figures:
     return found
 
 
+def part(name: str, *arguments: str) -> Figures:
+    """The figures of a part, in this process."""
+    ours = {"decode": decode, "image": image, "again": again, "form": form, "drafts": drafts, "chunk": chunk}
+    theirs = {"slots": slots, "slots-image": slots_image, "bfloat16": generate, "float32": generate}
+    return {**ours, **theirs, **engine_cuda.PARTS}[name](*arguments)
+
+
 def child(arguments: list[str]) -> Figures:
+    """Those of a part, in a process of its own."""
     done = subprocess.run([sys.executable, __file__, "--child", *arguments], stdout=subprocess.PIPE, check=True)
     figures: Figures = json.loads(done.stdout.splitlines()[-1])
     return figures
@@ -331,8 +339,6 @@ def _cell(values: Sequence[float]) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        ours = {"decode": decode, "image": image, "again": again, "form": form, "drafts": drafts, "chunk": chunk}
-        theirs = {"slots": slots, "slots-image": slots_image, "bfloat16": generate, "float32": generate}
-        print(json.dumps({**ours, **theirs, **engine_cuda.PARTS}[sys.argv[2]](*sys.argv[3:])))
+        print(json.dumps(part(*sys.argv[2:])))
     else:
         main()

@@ -18,8 +18,9 @@ if not torch.cuda.is_available():
 NOWHERE = str(Path(__file__).resolve().parent / "no-such-folder")
 os.environ |= dict.fromkeys(("PUMICE_HOME", "OLLAMA_MODELS", "HF_HUB_CACHE"), NOWHERE)
 
-# Tiny networks: a second thread costs more than it brings, and the tests run in two processes.
+# Tiny networks: a second thread costs more than it brings, and the tests run in two processes. What they start too.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 HERE = Path(__file__).resolve().parent
 REFERENCE = HERE.parent.parent / "shared"
@@ -65,3 +66,23 @@ WALKS = ("test_page.py", "test_page_served.py")
 """Their browser's driver keeps an event loop running in the thread of the tests, in which no other test could run one:
 `test_walks.py` runs them in processes of their own."""
 collect_ignore = [] if os.environ.get("PUMICE_WALKS") else list(WALKS)
+
+LONGEST = (
+    "test_cluster.py::test_a_cluster_of_two",
+    "test_walks.py",
+    "test_gpu.py::test_kernels_compile_for_gpus",
+    "test_bench.py",
+)
+"""Begun first: begun last, one of them would run on alone."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Each of two processes begins with some of the longest: the first gets the first half."""
+    long = sorted((each for each in items if _rank(each) < len(LONGEST)), key=_rank)
+    rest = [each for each in items if _rank(each) == len(LONGEST)]
+    middle = max(0, len(items) // 2 - len(long[::2]))
+    items[:] = [*long[::2], *rest[:middle], *long[1::2], *rest[middle:]]
+
+
+def _rank(item: pytest.Item) -> int:
+    return next((rank for rank, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST))

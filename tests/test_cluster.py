@@ -107,7 +107,10 @@ def test_the_guard_stands_before_the_door() -> None:
         assert not replicas.everywhere
         assert httpx2.post(base + "/api/chat", headers=KEY, json={"model": "pebble"}).text == "answer"
         assert replicas.asked == [("/api/chat", "pebble:1.6")]
-        assert replicas.cancelled == 1  # one that has ended is cancelled to no effect
+        until = time.monotonic() + 60
+        while not replicas.cancelled:  # one that has ended is cancelled too, to no effect, behind its answer
+            assert time.monotonic() < until
+            time.sleep(0.01)
 
 
 def test_who_answers() -> None:
@@ -222,7 +225,7 @@ def the_walks_pass(base: str) -> None:
     assert post(base, "/api/generate", {"model": "pebble"}).status_code == 200
     time.sleep(2)  # until the door knows where the model is
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", *WALKS],
+        [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", "-p", "no:schemathesis", *WALKS],
         cwd=HERE.parent, env={**os.environ, "PUMICE_TEST_SERVER": base}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
@@ -248,7 +251,7 @@ def a_client_that_leaves_ends_its_answer(base: str) -> None:
     body = {
         "model": "pebble",
         "messages": [{"role": "user", "content": "Hi"}],
-        "max_tokens": 1900,
+        "max_tokens": 700,
         "temperature": 1.5,
         "logit_bias": {str(each): -100 for each in ends},
     }
@@ -327,7 +330,7 @@ def two_nodes() -> Iterator[str]:
         finally:
             process.send_signal(signal.SIGINT)
             try:
-                process.wait(40)
+                process.wait(150)
             finally:
                 left = marked()
                 for each in left:

@@ -30,6 +30,7 @@ from pumice.checkpoints.gguf_eyes import name_of as eyes_name_of
 from pumice.checkpoints.gguf_file import Value, open_gguf
 from pumice.checkpoints.report import Report
 from pumice.conversion import Choices
+from test_cli import Command, command  # noqa: F401 (a fixture)
 from test_gguf import edited, logits, pair
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8))
@@ -533,7 +534,7 @@ def test_scores_are_an_order_of_merges() -> None:
 # --- whole or not at all ----------------------------------------------------------------------------------------------
 
 
-def command(*arguments: object, **named: Any) -> subprocess.CompletedProcess[str]:
+def process(*arguments: object, **named: Any) -> subprocess.CompletedProcess[str]:
     code = "import sys; sys.argv[0] = 'pumice'; from pumice.cli import main; main()"
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False, **named
@@ -546,7 +547,7 @@ def test_a_full_disk(name: str, tmp_path: Path) -> None:
     import resource
 
     limit = (2**20, 2**20)
-    done = command(
+    done = process(
         "convert", "pebble", tmp_path / "w" / name, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     )
     assert done.returncode == 2, done.stderr
@@ -698,37 +699,37 @@ def test_damaged_keys_are_refused(key: str, value: str, words: str, made: dict[s
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def test_the_command_line(tmp_path: Path) -> None:
+def test_the_command_line(command: Command, tmp_path: Path) -> None:  # noqa: F811
     done = command("convert", "pebble", tmp_path / "p.gguf", "--vision", "f16", "--json")
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
     assert [Path(each["path"]).name for each in told["written"]] == ["p.gguf", "mmproj-p.gguf"]
-    assert done.stderr == ""
+    assert done.err == ""
     done = command("quantize", tmp_path / "p.gguf", tmp_path / "q.gguf", "--to", "q4_k_m")
-    assert done.returncode == 0, done.stderr
-    assert "wrote" in done.stdout
-    assert "Q4_K" in done.stdout
+    assert done.code == 0, done.err
+    assert "wrote" in done.out
+    assert "Q4_K" in done.out
     kinds = {each.name: each.tensor_type.name for each in gguf.GGUFReader(tmp_path / "q.gguf").tensors}
     assert kinds["token_embd.weight"] == "Q6_K"  # it is the output too
     assert kinds["blk.1.ffn_down.weight"] == "Q5_0"  # 640 columns: no whole blocks of 256
     assert fields_of(tmp_path / "q.gguf")["general.file_type"] == 15
     assert read_card(tmp_path / "q.gguf") is None
     done = command("quantize", tmp_path / "q.gguf", tmp_path / "r.gguf", "--to", "Q8_0")
-    assert done.returncode == 2
-    assert "--allow-requantize" in done.stderr
+    assert done.code == 2
+    assert "--allow-requantize" in done.err
 
 
-def test_a_card_is_made_with_the_file(tmp_path: Path) -> None:
+def test_a_card_is_made_with_the_file(command: Command, tmp_path: Path) -> None:  # noqa: F811
     """The card that verify makes of the two; other types do not inherit it, a copy does."""
     done = command("convert", "pebble", tmp_path / "p.gguf", "--card")
-    assert done.returncode == 2
-    assert "--card came without --quant" in done.stderr
+    assert done.code == 2
+    assert "--card came without --quant" in done.err
     assert not (tmp_path / "p.gguf").exists()
     done = command("convert", "pebble", tmp_path / "p.gguf", "--quant", "Q8_0", "--card", "--json")
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     kept = read_card(tmp_path / "p.gguf")
     assert kept is not None
-    assert json.loads(kept) == json.loads(done.stdout)["card"]
+    assert json.loads(kept) == json.loads(done.out)["card"]
     card = pumice.verify(tmp_path / "p.gguf", "pebble")
     assert card.to_json() == kept
     assert 0 < card.whole.kl_mean < 0.1
@@ -740,8 +741,8 @@ def test_a_card_is_made_with_the_file(tmp_path: Path) -> None:
     pumice.convert(tmp_path / "p.gguf", tmp_path / "q.gguf", quant="Q4_0", choices=choices)
     assert read_card(tmp_path / "q.gguf") is None
     done = command("quantize", "pebble", tmp_path / "r.gguf", "--to", "Q4_0", "--card")
-    assert done.returncode == 0, done.stderr
-    assert "KL divergence" in done.stdout
+    assert done.code == 0, done.err
+    assert "KL divergence" in done.out
     assert read_card(tmp_path / "r.gguf") is not None
 
 
@@ -789,13 +790,13 @@ def test_a_projector_alone(kind: str, legacy: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("unrounded")
-def test_a_projector_alone_beside_its_language_model(tmp_path: Path) -> None:
+def test_a_projector_alone_beside_its_language_model(command: Command, tmp_path: Path) -> None:  # noqa: F811
     """It runs with the model, and unpacks again to the same features."""
     folder = tiny.hf_folder(tmp_path / "hf", family="1.5", seed=6)
     path = pair(folder, tmp_path / "pair", legacy=True)
     source, small = path.with_name("mmproj.gguf"), tmp_path / "mmproj-s.gguf"
     done = command("quantize", source, small, "--to", "q8_0")
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     first, second = (pumice.load(path, mmproj=each, dtype="float32", template="vicuna_v1") for each in (source, small))
     seen = first.see(pumice.Question(WORDS, PICTURE))
     a, b = first.features(seen.images)[0], second.features(seen.images)[0]
@@ -809,7 +810,11 @@ def test_a_projector_alone_beside_its_language_model(tmp_path: Path) -> None:
         pumice.convert(source, small, quant="F16")
 
 
-def test_a_projector_alone_and_what_has_no_place(made: dict[str, Path], tmp_path: Path) -> None:
+def test_a_projector_alone_and_what_has_no_place(
+    command: Command,  # noqa: F811
+    made: dict[str, Path],
+    tmp_path: Path,
+) -> None:
     source, out = projector_of(converted(made["1.5-vicuna"])), tmp_path / "mmproj-x.gguf"
     for words, named in (
         ("and no type came", {}),
@@ -824,8 +829,8 @@ def test_a_projector_alone_and_what_has_no_place(made: dict[str, Path], tmp_path
         with pytest.raises(UserError, match=words):
             pumice.convert(source, **{"dst": out, **named})
     done = command("quantize", source, out, "--to", "Q8_0", "--card")
-    assert done.returncode == 2
-    assert "a projector alone" in done.stderr
+    assert done.code == 2
+    assert "a projector alone" in done.err
     assert not list(tmp_path.iterdir())
     (tmp_path / "in.gguf").write_bytes(source.read_bytes())
     bad = edited(tmp_path / "in.gguf", names={"v.blk.0.ln1.weight": "v.blk.0.ln9.weight"})

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +40,7 @@ from pumice.network import llava
 from pumice.prompt import Message, prompt_text, render
 from pumice.quant import QTensor
 from pumice.tokenizer import Tokenizer
+from test_cli import Command, command  # noqa: F401 (a fixture)
 from test_gguf import edited
 
 SIZES: dict[str, Any] = {
@@ -278,7 +277,7 @@ def test_gguf_files_compute_what_transformers_computes(name: str, tmp_path: Path
     assert model.config.text.window == (config.sliding_window if name.startswith("phi3") else None)
 
 
-def test_show_says_it(tmp_path: Path) -> None:
+def test_show_says_it(command: Command, tmp_path: Path) -> None:  # noqa: F811
     for name, words in {
         "phi3-long-window": ("9", "frequencies divided by 1 to 1.7, beyond 24 tokens by 1.5 to 15.5, magnitude 1.19"),
         "llama3": ("none: a token sees all before it", "frequencies divided by 1 to 8"),
@@ -286,8 +285,7 @@ def test_show_says_it(tmp_path: Path) -> None:
         "phi3": ("none: a token sees all before it", "none"),
     }.items():
         path = written(oracle(CONFIGS[name]), tmp_path / f"{name}.gguf")
-        command = [sys.executable, "-m", "pumice", "show", str(path), "--json"]
-        facts = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+        facts = json.loads(command("show", path, "--json").out)
         assert str(facts["window"]) == words[0]
         assert facts["rope_scaling"].startswith(words[1])
 

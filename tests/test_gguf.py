@@ -8,8 +8,6 @@ import functools
 import json
 import random
 import resource
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from pumice.ops import library
 from pumice.prompt import Part
 from pumice.quant import QTensor
 from pumice.train import Recipe, train
+from test_cli import Command, command  # noqa: F401 (a fixture)
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8))
 FEW = Sampling(max_tokens=24)
@@ -280,7 +279,7 @@ def test_damaged_files_pass_the_kernels_or_are_refused(tmp_path: Path) -> None:
     assert answered > 10, "few of these bytes are needed"
 
 
-def test_without_eyes_it_is_a_text_model(tmp_path: Path) -> None:
+def test_without_eyes_it_is_a_text_model(command: Command, tmp_path: Path) -> None:  # noqa: F811
     folder = tiny.hf_folder(tmp_path / "hf", family="1.5")
     path = pair(folder, tmp_path / "gguf")
     eyes = path.with_name("mmproj.gguf")
@@ -295,9 +294,8 @@ def test_without_eyes_it_is_a_text_model(tmp_path: Path) -> None:
     ):
         assert seeing.ask("What?", PICTURE, sampling=FEW).image_tokens == (4,)
     for option in ("--with", "--mmproj"):
-        command = [sys.executable, "-m", "pumice", "show", str(path), option, str(named), "--json"]
-        shown = subprocess.run([*command, "--template", "vicuna_v1"], capture_output=True, check=True)
-        assert json.loads(shown.stdout)["family"] == "llava-1.5"
+        shown = command("show", path, option, named, "--json", "--template", "vicuna_v1")
+        assert json.loads(shown.out)["family"] == "llava-1.5"
     with pytest.raises(UserError, match="both a projector"):
         pumice.load(path, mmproj=named, beside=named)
     with pytest.raises(UserError, match="has no place"):

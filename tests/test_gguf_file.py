@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import mmap
+import os
 import random
 import re
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -332,41 +333,54 @@ def test_the_frame_of_those_files_is_good(tmp_path: Path) -> None:
     assert not open_gguf(tmp_path / "v2.gguf").tensors
 
 
-def test_every_prefix_is_refused(file: Path, tmp_path: Path) -> None:
-    data, last = file.read_bytes(), open_gguf(file).tensors["deep"]
+def test_every_prefix_is_refused(file: Path) -> None:
+    last = open_gguf(file).tensors["deep"]
     whole = last.start + last.nbytes  # the padding behind may be missing, as ggml allows
-    for length in range(whole):
-        (tmp_path / "cut.gguf").write_bytes(data[:length])
+    os.truncate(file, whole)
+    assert open_gguf(file)
+    for length in reversed(range(whole)):  # shortened in place: a file written anew takes a disk ten times as long
+        os.truncate(file, length)
         with pytest.raises(UserError):
-            open_gguf(tmp_path / "cut.gguf")
-    (tmp_path / "cut.gguf").write_bytes(data[:whole])
-    assert open_gguf(tmp_path / "cut.gguf")
+            open_gguf(file)
 
 
-def mutations(data: bytes, count: int) -> Iterator[bytes]:
-    dice = random.Random(0)
-    for _ in range(count):
-        changed = bytearray(data)
-        for _ in range(dice.choice((1, 1, 1, 2, 4))):
-            changed[dice.randrange(len(changed))] = dice.choice((0, 1, 127, 128, 255, dice.randrange(256)))
-        yield bytes(changed)
+MUTATIONS = 100_000
+FILES = 4
+"""Among which the keys are dealt: a short file costs little, and each of its bytes is changed often."""
+MOST_CPU_S = 2
+"""For one file, which takes 0.0001: it is bounded, on any machine and however busy that is."""
 
 
-def test_mutations_are_read_or_refused(file: Path, tmp_path: Path) -> None:
-    """Nothing but a UserError, in bounded time; what is read can be loaded, from the file's own bytes."""
-    data, started = file.read_bytes(), time.monotonic()
-    path = tmp_path / "changed.gguf"
-    read = 0
-    for changed in mutations(data, 100_000):
-        path.write_bytes(changed)
-        try:
-            found = open_gguf(path)
-        except UserError:
-            continue
-        read += 1
-        if read % 50 == 0:
-            for tensor in found.tensors.values():
-                values = tensor.load()
-                assert (values.data_RB if isinstance(values, QTensor) else values).nbytes == tensor.nbytes
-    assert read > 10_000, "the rest of the data may hold anything"
-    assert time.monotonic() - started < 300
+def test_mutations_are_read_or_refused(tmp_path: Path) -> None:
+    """Nothing but a UserError, at a bounded cost; what is read can be loaded, from the file's own bytes."""
+    dice, read, worst_s = random.Random(0), 0, 0.0
+    for number in range(FILES):
+        path = stored(tmp_path / f"{number}.gguf", dict([*VALUES.items()][number::FILES]))
+        data, end = path.read_bytes(), open_gguf(path).tensors["plain"].start  # behind it, any bytes are good
+        with path.open("r+b", buffering=0) as changing:
+            for _ in range(MUTATIONS // FILES):
+                places = [dice.randrange(end) for _ in range(dice.choice((1, 1, 1, 2, 4)))]
+                for place in places:
+                    os.pwrite(
+                        changing.fileno(), bytes([dice.choice((0, 1, 127, 128, 255, dice.randrange(256)))]), place
+                    )
+                began = time.process_time()
+                found = opened(path)
+                worst_s = max(worst_s, time.process_time() - began)
+                read += found is not None
+                if found is not None and read % 50 == 0:
+                    for tensor in found.tensors.values():
+                        values = tensor.load()
+                        assert (values.data_RB if isinstance(values, QTensor) else values).nbytes == tensor.nbytes
+                for place in places:
+                    os.pwrite(changing.fileno(), data[place : place + 1], place)
+        assert path.read_bytes() == data
+    assert 10_000 < read < 90_000, "as many are good as broken, within a factor"
+    assert worst_s < MOST_CPU_S
+
+
+def opened(path: Path) -> GgufFile | None:
+    try:
+        return open_gguf(path)
+    except UserError:
+        return None

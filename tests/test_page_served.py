@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 import pumice
 import tiny
@@ -16,32 +16,36 @@ from pumice.server.settings import Settings
 from pumice.store import Name, transfer
 from pumice.store.link import Reach
 from served import served
-from test_page import PATIENCE_MS, Visit, browser, expect, needs_chromium
+from test_page import (
+    PATIENCE_MS,
+    Visit,
+    browser,
+    expect,
+    needs_chromium,
+    test_first_visit,
+    test_pictures_are_dropped_and_pasted_and_asked_about,
+    test_reload_keeps_history,
+    test_two_models_are_asked_the_same,
+    test_what_the_model_sees,
+    visit,
+)
 from test_push import host
 
-__all__ = ["browser", "host"]
+__all__ = [
+    "browser", "host", "test_first_visit", "test_pictures_are_dropped_and_pasted_and_asked_about",
+    "test_reload_keeps_history", "test_two_models_are_asked_the_same", "test_what_the_model_sees", "visit",
+]  # fmt: skip
 
-WALKS = ("first_visit", "dropped_and_pasted", "two_models", "what_the_model_sees", "reload_keeps_history")
+pytestmark = needs_chromium
 
 
-@needs_chromium
-def test_walks_through_the_server() -> None:
+@pytest.fixture
+def base_url() -> Iterator[str]:
+    """What the walks visit here instead of their stub."""
     with served() as base:
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "pytest", "-q", "--numprocesses", "0", "-p", "no:cacheprovider"),
-                *("-k", " or ".join(WALKS), str(Path(__file__).with_name("test_page.py"))),
-            ],
-            env={**os.environ, "PUMICE_PAGE_URL": base, "PUMICE_WALKS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert f"{len(WALKS)} passed" in done.stdout
+        yield base
 
 
-@needs_chromium
 def test_a_key_is_asked_for(browser: Any) -> None:
     with served(Settings(port=0, keys=("right",))) as base:
         there = Visit(browser, base)
@@ -59,7 +63,6 @@ def test_a_key_is_asked_for(browser: Any) -> None:
         there.context.close()
 
 
-@needs_chromium
 def test_the_server_goes_and_comes_back(browser: Any) -> None:
     with served() as base:
         port = int(base.rpartition(":")[2])
@@ -76,7 +79,6 @@ def test_the_server_goes_and_comes_back(browser: Any) -> None:
         there.context.close()
 
 
-@needs_chromium
 def test_a_model_is_pulled_from_a_registry(browser: Any, host: str, places: Path, tmp_path: Path) -> None:
     """Made here, pushed to a real registry, removed, pulled by the page, and asked."""
     pumice.convert(tiny.hf_folder(tmp_path / "hf", family="1.5", seed=5), tmp_path / "lm.gguf")

@@ -259,13 +259,13 @@ def test_broken_programs(content: bytes, tmp_path: Path) -> None:
 
 
 def test_a_program_that_is_too_long(tmp_path: Path) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     refused(
         archive(tmp_path / "x.bin", b"\x80\x02}" + b"0}" * (MAX_PROGRAM_BYTES // 2)), "larger than any checkpoint's"
     )
     deep = b"\x80\x02)" + b"\x85" * 200_000 + b"."
     refused(archive(tmp_path / "deep.bin", deep), "does not hold a dictionary")
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
 
 
 # --- archives ---------------------------------------------------------------------------------------------------------
@@ -404,9 +404,9 @@ def test_the_headers_of_these_tests_are_good(tmp_path: Path) -> None:
 
 def test_safetensors_with_too_many_tensors(tmp_path: Path) -> None:
     header = {f"t{index}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for index in range(100_000)}
-    started = time.monotonic()
+    started = time.process_time()
     refused(safetensors(tmp_path / "x.safetensors", header, b""), "20000 tensors")
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
 
 
 def test_safetensors_of_eight_bits(tmp_path: Path) -> None:

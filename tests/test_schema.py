@@ -699,10 +699,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_in_bounded_time(case: str) -> None:
     said, words = REFUSED[case]
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(UserError, match=words) as refused:
         compiled("json", **said)
-    assert time.monotonic() - started < PATIENCE_S
+    assert time.process_time() - started < PATIENCE_S
     assert len(refused.value.message) < 1000
     assert refused.value.hint
 
@@ -742,7 +742,7 @@ def test_large_forms_take_bounded_time_on_a_small_stack(case: str) -> None:
         except BaseException as problem:
             failed.append(problem)
 
-    started, before = time.monotonic(), threading.stack_size(512 * 1024)
+    started, before = time.process_time(), threading.stack_size(512 * 1024)
     try:
         thread = threading.Thread(target=work)
         thread.start()
@@ -750,7 +750,7 @@ def test_large_forms_take_bounded_time_on_a_small_stack(case: str) -> None:
     finally:
         threading.stack_size(before)
     assert not failed or isinstance(failed[0], UserError), failed
-    assert time.monotonic() - started < PATIENCE_S
+    assert time.process_time() - started < PATIENCE_S
 
 
 def test_the_page_of_structured_answers_names_what_is_followed() -> None:

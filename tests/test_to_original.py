@@ -21,7 +21,8 @@ from pumice.checkpoints.original_writer import OPENAI, check_sayable, openai_tow
 from pumice.checkpoints.tensors import open_weights
 from pumice.config import ImageConfig, LlavaConfig, ProjectorConfig, VisionConfig
 from pumice.conversion import Choices
-from test_convert import agree, command, same_tensors
+from test_cli import Command, command  # noqa: F401 (a fixture)
+from test_convert import agree, same_tensors
 from test_gguf import logits, pair
 
 THEIRS = Choices(format="original")
@@ -105,11 +106,11 @@ def test_by_the_parts_that_the_authors_code_has(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["pebble", "pebble:1.5"])
-def test_pebble_by_the_command_line(name: str, tmp_path: Path) -> None:
+def test_pebble_by_the_command_line(command: Command, name: str, tmp_path: Path) -> None:  # noqa: F811
     """Tied embeddings, a small tower; and a killed run leaves what any other does, for the writing is the same."""
     done = command("convert", name, tmp_path / "llava-p", "--format", "original", "--json")
-    assert done.returncode == 0, done.stderr
-    notes = json.loads(done.stdout)["notes"]
+    assert done.code == 0, done.err
+    notes = json.loads(done.out)["notes"]
     assert any("mm_vision_tower: name a folder" in note for note in notes)
     assert any("no tokenizer.model" in note for note in notes)
     assert not any("folder's name" in note for note in notes)
@@ -117,7 +118,7 @@ def test_pebble_by_the_command_line(name: str, tmp_path: Path) -> None:
     found, wanted = (pumice.load(each).ask("What does the sign say?", image) for each in (tmp_path / "llava-p", name))
     assert found.tokens == wanted.tokens
     done = command("convert", tmp_path / "llava-p", tmp_path / "back", "--format", "hf")
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     source = checkpoints.read(pumice.source.store.resolve(name)).path
     assert small(tmp_path / "back") == small(source)
     same_tensors(load_file(tmp_path / "back/model.safetensors"), load_file(source / "model.safetensors"))

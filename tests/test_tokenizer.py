@@ -419,11 +419,11 @@ def test_a_stream_never_shows_half_a_character() -> None:
 
 def test_streaming_takes_the_same_time_for_every_token() -> None:
     """Twenty thousand bytes of a character that never ends: a quadratic stream would take minutes."""
-    start, stream = time.perf_counter(), tiny().stream()
+    start, stream = time.process_time(), tiny().stream()
     for _ in range(20_000):
         stream.push(3 + 0x80)
     assert stream.finish() == "\ufffd" * 20_000
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("kind", ["json", "legacy", "nonlegacy"])

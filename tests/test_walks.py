@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from conftest import WALKS
+from test_page import CHROMIUM, needs_chromium  # without playwright all of this is skipped
 
 
 @pytest.mark.parametrize("file", WALKS)
@@ -23,3 +24,5 @@ def test_walks(file: str) -> None:
         timeout=600,
     )
     assert done.returncode == 0, done.stdout[-6000:]
+    if CHROMIUM is None:
+        pytest.skip(needs_chromium.kwargs["reason"])

@@ -73,9 +73,9 @@ def test_f_many_frames_and_pages(make: object, count: int) -> None:
     few, many = make(3), make(count)
     with Image.open(BytesIO(few)) as file:
         assert file.n_frames == 3  # the files are what they should be
-    before_kib, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    before_kib, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     picture = open_image(many)
-    assert time.monotonic() - began < 10
+    assert time.process_time() - began < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib < 100_000
     assert picture.size == (4, 2)
     assert picture.tobytes() == open_image(few).tobytes()

@@ -45,14 +45,16 @@ def create(name: Name, recipe: Recipe, own: OwnStore, reach: Reach = PUBLIC) -> 
     checked_template(recipe.template)
     mix = _mix(recipe.quantize)
     with own.blobs.workshop() as shop:
-        begun_ns = shop.stat().st_mtime_ns
+        before, begun_ns = {each.name for each in own.blobs.folder.iterdir()}, shop.stat().st_mtime_ns
         base = yield from _base(recipe, Bench(own.blobs, shop, name.model, mix, recipe.template is not None), reach)
         words = with_words(base, recipe, own.blobs)
         for status in words.said:
             yield Progress(status)
         config = config_layer(base.config, words.layers, own.blobs)
         for each in (*words.layers, config):
-            is_new = own.blobs.path(each).stat().st_mtime_ns >= begun_ns
+            path = own.blobs.path(each)
+            # Known by its name, as the clocks of files are coarse; what is linked from another store, by its age.
+            is_new = path.name not in before and path.stat().st_mtime_ns >= begun_ns
             yield Progress(f"{'creating new' if is_new else 'using existing'} layer {each.digest}")
         yield Progress("writing manifest")
         own.write(name, Manifest.of(config, words.layers))
