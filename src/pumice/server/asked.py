@@ -69,8 +69,9 @@ def ready(asked: Asked, model: Model, contexts: Contexts, context: int | None = 
         asked = replace(asked, turns=(*known.turns, *asked.turns), images=(*known.images, *asked.images), context=())
     from pumice.question import TooLong
 
-    window = window_of(model.config, _options(asked, model).num_ctx or context)
-    question = _question(asked, model)
+    options = Options().updated(model.dressing.parameters)[0].updated(asked.options)[0]
+    window = window_of(model.config, options.num_ctx or context)
+    question = _question(asked, model, options)
     while True:
         shorter = _shorter(asked) if asked.truncate else None
         try:
@@ -80,7 +81,7 @@ def ready(asked: Asked, model: Model, contexts: Contexts, context: int | None = 
         except TooLong:
             if shorter is None:
                 raise
-        asked, question = shorter, _question(shorter, model)
+        asked, question = shorter, _question(shorter, model, options)
 
 
 def window_of(config: LlavaConfig, wanted: int | None) -> int:
@@ -89,19 +90,14 @@ def window_of(config: LlavaConfig, wanted: int | None) -> int:
     return most if wanted is None else min(most, max(wanted, 1 if config.image is None else LEAST_WITH_EYES))
 
 
-def _options(asked: Asked, model: Model) -> Options:
-    options, _ = Options().updated(model.dressing.parameters)
-    return options.updated(asked.options)[0]
-
-
-def _question(asked: Asked, model: Model) -> Question:
+def _question(asked: Asked, model: Model, options: Options) -> Question:
     from pumice.dialogue import Dialogue
     from pumice.engine import Sampling
     from pumice.question import Question
     from pumice.sampling_options import sampling
 
     positions = model.config.text.max_positions
-    drawn, _ = sampling(_options(asked, model), context=positions)
+    drawn, _ = sampling(options, context=positions)
     drawn = replace(drawn, logprobs=asked.logprobs, logit_bias=asked.logit_bias)
     assert isinstance(drawn, Sampling)
     form = _form(asked)

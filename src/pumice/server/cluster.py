@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import sys
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import AsyncExitStack, suppress
 from typing import Any, NamedTuple
@@ -37,7 +36,7 @@ from pumice.server.app import create_app, envelope
 from pumice.server.guard import Guard
 from pumice.server.metrics import CONTENT_TYPE
 from pumice.server.residents import BUSY
-from pumice.server.running import SWITCH_S
+from pumice.server.running import share_cores
 from pumice.server.settings import Address, Settings
 from pumice.server.streams import unless_gone
 from pumice.server.wire import Fields, Refused
@@ -117,7 +116,7 @@ class Replica:
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Ray awaits it
         if settings.offline:
             offline.enforce()
-        sys.setswitchinterval(SWITCH_S)
+        share_cores()
         self._app = create_app(settings)
         self._life = AsyncExitStack()
         await self._life.enter_async_context(self._app.router.lifespan_context(self._app))

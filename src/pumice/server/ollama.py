@@ -151,7 +151,7 @@ class Exchange:
 async def _answered(residents: Residents, common: Common, exchange: Exchange) -> Response:
     needs = AsyncExitStack()
     async with needs:
-        call = Call(exchange.request, common.name, common.keep_ns, exchange.came_s)
+        call = Call(exchange.request, common.installed, common.keep_ns, exchange.came_s)
         opening = begun(residents, call, exchange.asked)
         (coming,) = await unless_gone(exchange.request, needs.enter_async_context(opening))
         if common.streams:
@@ -199,7 +199,7 @@ def _told(likely: Likely) -> dict[str, Any]:
 
 async def _load(residents: Residents, common: Common, said: Mapping[str, Any]) -> Response:
     """One object, whatever was asked of streaming."""
-    async with residents.use(common.name, common.keep_ns):
+    async with residents.use(common.installed, common.keep_ns):
         return JSONResponse({**_head(common.name), **said, "done": True, "done_reason": "load"})
 
 

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from pumice.server.documents import body
 from pumice.server.library import required
 from pumice.server.ollama import pictures
-from pumice.server.residents import Residents
+from pumice.server.residents import Residents, named
 from pumice.server.settings import Settings
 from pumice.server.wire import Fields
 
@@ -38,7 +38,7 @@ def routes(residents: Residents, settings: Settings) -> APIRouter:
         it takes."""
         fields = Fields.read(await request.body(), "SeeRequest")
         name, images, most = required(fields), pictures(fields, settings), fields.whole("image_tokens")
-        async with residents.use(name) as resident, resident.turn:
+        async with residents.use(named(name)) as resident, resident.turn:
             model = resident.model
             return JSONResponse({"images": await residents.read(lambda: _seen(model, images, most))})
 

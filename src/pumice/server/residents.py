@@ -88,13 +88,12 @@ class Residents:
         return sorted(self._residents.values(), key=lambda each: -each.expires_s)
 
     @asynccontextmanager
-    async def use(self, name: str, keep_ns: int | None = None) -> AsyncIterator[Resident]:
+    async def use(self, installed: Installed, keep_ns: int | None = None) -> AsyncIterator[Resident]:
         """A model, loaded if it must be, that stays at least until the end of this block.
 
-        keep_ns: how long it then stays; None leaves that as it is. Raises Refused for too many requests and a name that
-        leads nowhere, UserError for a model that cannot be loaded.
+        installed: what `named` found. keep_ns: how long it then stays; None leaves that as it is. Raises Refused for
+        too many requests, UserError for a model that cannot be loaded.
         """
-        installed = named(name)
         if self.pending >= self._settings.max_queue:
             self.metrics.refused(installed.title)
             raise Refused(503, BUSY)

@@ -15,7 +15,7 @@ from pumice.durations import keep_alive
 from pumice.server.documents import body
 from pumice.server.library import required
 from pumice.server.ollama import pictures
-from pumice.server.residents import Residents
+from pumice.server.residents import Residents, named
 from pumice.server.settings import Settings
 from pumice.server.streams import unless_gone
 from pumice.server.wire import Fields, Refused
@@ -39,7 +39,7 @@ def routes(residents: Residents, settings: Settings) -> APIRouter:
         keep_ns = keep_alive(fields.any("keep_alive"))
 
         async def whole() -> tuple[list[list[float]], list[int], float]:
-            async with residents.use(required(fields), keep_ns) as resident, resident.turn:
+            async with residents.use(named(required(fields)), keep_ns) as resident, resident.turn:
                 loaded_s, model = time.monotonic() - began_s, resident.model
                 return (*await residents.read(lambda: wanted.of(model), slow=True), loaded_s)
 
