@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 KEPT_CONTEXTS = 128
 KEPT_BYTES = 256 * 2**20
 """Of pictures of earlier answers, for clients that send `context`."""
+KNOWN = "pumice.known"
+"""In the scope of a request with a `context`: the `Known` of it, where another process gave it."""
 LEAST_WITH_EYES = 2048
 """Tokens of context of a model that sees, as in Ollama."""
 
@@ -32,7 +34,8 @@ class Asked:
 
     options: Ollama's, over those of the model. format: "json", a JSON schema, or the arguments of `Form.of` by name
     (`{"regex": …}`) under the key `form`. truncate: a dialogue that is too long loses its oldest turns, not the last.
-    context: token ids of an earlier answer, which go before.
+    context: token ids of an earlier answer, which go before; known: the conversation that they stand for, where it was
+    found already.
     """
 
     turns: tuple[Turn, ...] = ()
@@ -49,6 +52,7 @@ class Asked:
     image_tokens: int | None = None
     truncate: bool = True
     context: tuple[int, ...] = ()
+    known: Known | None = None
 
 
 class Ready(NamedTuple):
@@ -65,8 +69,9 @@ def ready(asked: Asked, model: Model, contexts: Contexts, context: int | None = 
     context: tokens beyond which a dialogue loses its oldest turns, where neither the request nor the model names a
     number. Raises UserError for what is wrong with it, Refused where the model cannot do it.
     """
-    if asked.context and (known := contexts.find(asked.context)):
-        asked = replace(asked, turns=(*known.turns, *asked.turns), images=(*known.images, *asked.images), context=())
+    if asked.context and (known := asked.known or contexts.find(asked.context)):
+        turns, images = (*known.turns, *asked.turns), (*known.images, *asked.images)
+        asked = replace(asked, turns=turns, images=images, context=(), known=None)
     from pumice.question import TooLong
 
     options = Options().updated(model.dressing.parameters)[0].updated(asked.options)[0]

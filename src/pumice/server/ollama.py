@@ -15,7 +15,7 @@ from pumice.durations import keep_alive
 from pumice.errors import UserError
 from pumice.ollama_prompt import Turn
 from pumice.server.answers import Call, Coming, begun
-from pumice.server.asked import Asked
+from pumice.server.asked import KNOWN, Asked
 from pumice.server.documents import body
 from pumice.server.residents import Residents, named
 from pumice.server.settings import Settings
@@ -61,6 +61,7 @@ def routes(residents: Residents, settings: Settings) -> APIRouter:
             suffix=suffix,
             template=fields.text("template"),
             context=_context(fields),
+            known=request.scope.get(KNOWN),
         )
         return await _answered(residents, common, Exchange(request, asked, came_s, "raw" if raw else "generate"))
 
