@@ -277,9 +277,9 @@ def a_context_keeps_its_picture_on_either_replica(base: str) -> None:
     follow = {**options, "prompt": "What is it?", "context": post(base, "/api/generate", first).json()["context"]}
     with ThreadPoolExecutor(6) as pool:
         found = list(pool.map(lambda _: post(base, "/api/generate", follow).json(), range(12)))
-    # With the picture a prompt is hundreds of tokens longer.
+    # A prompt with the picture is that much longer than one of the texts alone.
     assert len({(each["response"], each["prompt_eval_count"]) for each in found}) == 1
-    assert found[0]["prompt_eval_count"] > 300
+    assert found[0]["prompt_eval_count"] > len(follow["context"]) + 100
 
 
 def a_client_that_leaves_ends_its_answer(base: str) -> None:
