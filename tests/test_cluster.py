@@ -25,9 +25,12 @@ from fastapi.routing import APIRoute
 
 import pumice
 from pumice.errors import UserError
+from pumice.ollama_prompt import Turn
 from pumice.server.app import create_app
+from pumice.server.asked import KNOWN, Known
 from pumice.server.settings import Settings
 from served import listening, post
+from test_ollama_api import RED
 
 yaml = pytest.importorskip("yaml", reason="ray is not installed: pip install 'pumice[ray]'")
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'pumice[ray]'")
@@ -50,6 +53,9 @@ class Replicas:
     def __init__(self) -> None:
         self.asked: list[tuple[str, str]] = []
         """Path and multiplexed model."""
+        self.known: list[Any] = []
+        """What came with each as the conversation of its `context`."""
+        self.remembers: dict[tuple[str, tuple[int, ...]], Known] = {}
         self.everywhere: list[tuple[str, bytes]] = []
         self.fails: Exception | None = None
         self.says: list[Any] = []
@@ -60,16 +66,21 @@ class Replicas:
 
         def remote(scope: dict[str, Any], body: bytes) -> Any:
             self.asked.append((scope["path"], multiplexed_model_id))
+            self.known.append(scope[KNOWN])
             return Coming(self)
 
         return SimpleNamespace(remote=remote)
 
-    def broadcast(self, method: str, scope: dict[str, Any], body: bytes) -> Any:
-        assert method == "whole"
-        self.everywhere.append((scope["path"], body))
+    def broadcast(self, method: str, *said: Any) -> Any:
+        if method == "remembered":
+            says: list[Any] = [None, ray.exceptions.RayActorError(), self.remembers.get(said)]  # type: ignore[call-overload]
+        else:
+            assert method == "whole"
+            self.everywhere.append((said[0]["path"], said[1]))
+            says = self.says
 
         async def results_async(*, timeout_s: float, return_exceptions: bool) -> list[Any]:
-            return self.says
+            return says
 
         return SimpleNamespace(results_async=results_async)
 
@@ -130,6 +141,22 @@ def test_who_answers() -> None:
         assert post(base, "/api/show", {"model": "pebble"}).status_code == 200
         assert httpx2.get(base + "/api/ps").json() == {"models": []}  # no replica says anything
         assert not replicas.asked
+
+
+def test_a_conversation_goes_with_its_context_to_whichever_replica_goes_on_with_it() -> None:
+    with door(Settings()) as (base, replicas):
+        known = Known((Turn("user", "What?", 1), Turn("assistant", "It.")), (b"picture",))
+        replicas.remembers["pebble:1.6", (1, 2)] = known
+        for body, expected in (
+            ({"context": [1, 2]}, known),
+            ({"context": [1]}, None),
+            ({"context": ["1", "2"]}, None),  # what is wrong with it, a replica says
+            ({}, None),
+        ):
+            post(base, "/api/generate", {"model": "pebble", "prompt": "And?", **body})
+            assert replicas.known.pop() == expected
+        post(base, "/api/chat", {"model": "pebble", "messages": [{}], "context": [1, 2]})
+        assert replicas.known.pop() is None
 
 
 def test_what_changes_a_model_is_told_to_all() -> None:
@@ -212,6 +239,7 @@ def test_a_cluster_of_two() -> None:
     with two_nodes() as base:
         the_walks_pass(base)
         both_replicas_answer(base)
+        a_context_keeps_its_picture_on_either_replica(base)
         a_client_that_leaves_ends_its_answer(base)
         evil = {"Origin": "https://evil.example"}
         assert httpx2.get(base + "/api/tags", headers=evil, timeout=30).status_code == 403
@@ -244,6 +272,18 @@ def both_replicas_answer(base: str) -> None:
     assert found == [model.ask(each).text for each in questions]
     (held,) = httpx2.get(base + "/api/ps", timeout=30).json()["models"]
     assert held["replicas"] == 2
+
+
+def a_context_keeps_its_picture_on_either_replica(base: str) -> None:
+    """Of six at a time some come to the replica that did not give it."""
+    options = {"model": "pebble", "stream": False, "options": {"temperature": 0}}
+    first = {**options, "prompt": "Which colour is it?", "images": [RED]}
+    follow = {**options, "prompt": "What is it?", "context": post(base, "/api/generate", first).json()["context"]}
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda _: post(base, "/api/generate", follow).json(), range(12)))
+    # A prompt with the picture is that much longer than one of the texts alone.
+    assert len({(each["response"], each["prompt_eval_count"]) for each in found}) == 1
+    assert found[0]["prompt_eval_count"] > len(follow["context"]) + 100
 
 
 def a_client_that_leaves_ends_its_answer(base: str) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pumice.answer import Answer, Answering
     from pumice.question import Question
     from pumice.server.worker import Chunk
+    from pumice.store import Installed
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Call:
     """Who asks which model, when, for what, and how long it is to stay: None leaves that as it is."""
 
     request: Request
-    name: str
+    installed: Installed
     keep_ns: int | None
     came_s: float
     to: Literal["chat", "generate"]
@@ -88,7 +89,8 @@ async def begun(residents: Residents, call: Call, asked: Asked, count: int = 1) 
 
     Raises Refused and UserError before the first chunk of each is there.
     """
-    async with residents.use(call.name, call.keep_ns, call.to) as resident, resident.turn, AsyncExitStack() as needs:
+    use = residents.use(call.installed, call.keep_ns, call.to)
+    async with use as resident, resident.turn, AsyncExitStack() as needs:
         clock = Clock(call.came_s, time.monotonic())
         model = resident.model
 

@@ -51,6 +51,7 @@ def create_app(settings: Settings) -> FastAPI:
             await residents.close()
 
     app = FastAPI(title="pumice", lifespan=lifespan, redirect_slashes=False)
+    app.state.residents = residents
     app.include_router(ollama.routes(residents, settings))
     app.include_router(library.routes(residents, settings))
     app.include_router(openai.routes(residents, settings))

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 KEPT_CONTEXTS = 128
 KEPT_BYTES = 256 * 2**20
 """Of pictures of earlier answers, for clients that send `context`."""
+KNOWN = "pumice.known"
+"""In the scope of a request with a `context`: the `Known` of it, where another process gave it."""
 LEAST_WITH_EYES = 2048
 """Tokens of context of a model that sees, as in Ollama."""
 
@@ -32,7 +34,8 @@ class Asked:
 
     options: Ollama's, over those of the model. format: "json", a JSON schema, or the arguments of `Form.of` by name
     (`{"regex": …}`) under the key `form`. truncate: a dialogue that is too long loses its oldest turns, not the last.
-    context: token ids of an earlier answer, which go before.
+    context: token ids of an earlier answer, which go before; known: the conversation that they stand for, where it was
+    found already.
     """
 
     turns: tuple[Turn, ...] = ()
@@ -49,6 +52,7 @@ class Asked:
     image_tokens: int | None = None
     truncate: bool = True
     context: tuple[int, ...] = ()
+    known: Known | None = None
 
 
 class Ready(NamedTuple):
@@ -65,12 +69,14 @@ def ready(asked: Asked, model: Model, contexts: Contexts, context: int | None = 
     context: tokens beyond which a dialogue loses its oldest turns, where neither the request nor the model names a
     number. Raises UserError for what is wrong with it, Refused where the model cannot do it.
     """
-    if asked.context and (known := contexts.find(asked.context)):
-        asked = replace(asked, turns=(*known.turns, *asked.turns), images=(*known.images, *asked.images), context=())
+    if asked.context and (known := asked.known or contexts.find(asked.context)):
+        turns, images = (*known.turns, *asked.turns), (*known.images, *asked.images)
+        asked = replace(asked, turns=turns, images=images, context=(), known=None)
     from pumice.question import TooLong
 
-    window = window_of(model.config, _options(asked, model).num_ctx or context)
-    question = _question(asked, model)
+    options = Options().updated(model.dressing.parameters)[0].updated(asked.options)[0]
+    window = window_of(model.config, options.num_ctx or context)
+    question = _question(asked, model, options)
     while True:
         shorter = _shorter(asked) if asked.truncate else None
         try:
@@ -80,7 +86,7 @@ def ready(asked: Asked, model: Model, contexts: Contexts, context: int | None = 
         except TooLong:
             if shorter is None:
                 raise
-        asked, question = shorter, _question(shorter, model)
+        asked, question = shorter, _question(shorter, model, options)
 
 
 def window_of(config: LlavaConfig, wanted: int | None) -> int:
@@ -89,19 +95,14 @@ def window_of(config: LlavaConfig, wanted: int | None) -> int:
     return most if wanted is None else min(most, max(wanted, 1 if config.image is None else LEAST_WITH_EYES))
 
 
-def _options(asked: Asked, model: Model) -> Options:
-    options, _ = Options().updated(model.dressing.parameters)
-    return options.updated(asked.options)[0]
-
-
-def _question(asked: Asked, model: Model) -> Question:
+def _question(asked: Asked, model: Model, options: Options) -> Question:
     from pumice.dialogue import Dialogue
     from pumice.engine import Sampling
     from pumice.question import Question
     from pumice.sampling_options import sampling
 
     positions = model.config.text.max_positions
-    drawn, _ = sampling(_options(asked, model), context=positions)
+    drawn, _ = sampling(options, context=positions)
     drawn = replace(drawn, logprobs=asked.logprobs, logit_bias=asked.logit_bias)
     assert isinstance(drawn, Sampling)
     form = _form(asked)

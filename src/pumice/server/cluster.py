@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import sys
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import AsyncExitStack, suppress
 from typing import Any, NamedTuple
@@ -34,10 +33,11 @@ from pumice.durations import keep_alive
 from pumice.errors import UserError
 from pumice.server import offline
 from pumice.server.app import create_app, envelope
+from pumice.server.asked import KNOWN, Known
 from pumice.server.guard import Guard
 from pumice.server.metrics import CONTENT_TYPE
 from pumice.server.residents import BUSY
-from pumice.server.running import SWITCH_S
+from pumice.server.running import share_cores
 from pumice.server.settings import Address, Settings
 from pumice.server.streams import unless_gone
 from pumice.server.wire import Fields, Refused
@@ -117,7 +117,7 @@ class Replica:
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Ray awaits it
         if settings.offline:
             offline.enforce()
-        sys.setswitchinterval(SWITCH_S)
+        share_cores()
         self._app = create_app(settings)
         self._life = AsyncExitStack()
         await self._life.enter_async_context(self._app.router.lifespan_context(self._app))
@@ -159,6 +159,11 @@ class Replica:
                 data += message.get("body", b"")
         return Said(status, data, serve.get_replica_context().replica_tag)
 
+    async def remembered(self, title: str, context: tuple[int, ...]) -> Known | None:
+        """The conversation for which this replica gave these ids, pictures and all, if it still has it."""
+        resident = self._app.state.residents.find(title)
+        return None if resident is None else resident.contexts.find(context)
+
     async def check_health(self) -> None:
         """Ray asks now and then, and starts a replica anew that says no. Raises RuntimeError."""
         said = await self.whole(_get("/health"), b"")
@@ -190,13 +195,13 @@ class Door:
 
     async def _ask(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = await Request(scope, receive).body()
-        title, unloads = about(scope["path"], body)
+        title, unloads, context = about(scope["path"], body)
         if unloads and (said := await self._all(scope, body)):
             worst = max(said, key=lambda each: each.status)
             await Response(worst.body, worst.status, media_type="application/json")(scope, receive, send)
             return
         one = self._models.options(method_name="answer", stream=True, multiplexed_model_id=title)
-        coming = one.remote(_portable(scope), body)
+        coming = one.remote({**_portable(scope), KNOWN: await self._known(title, context)}, body)
         try:
             await unless_gone(Request(scope, receive), self._relay(scope, coming, send))
         finally:
@@ -221,8 +226,7 @@ class Door:
 
     async def _let_go(self, body: bytes) -> None:
         """Every replica lets go of the model that a request is about."""
-        title, _ = about("", body)
-        if title:
+        if title := about("", body).title:
             order = json.dumps({"model": title, "keep_alive": 0}).encode()
             await self._all({**_get("/api/generate"), "method": "POST"}, order)
 
@@ -231,25 +235,45 @@ class Door:
         await (merged(said)(scope, receive, send) if said else self._own(scope, receive, send))
 
     async def _all(self, scope: Scope, body: bytes) -> list[Said]:
-        """What each replica says; nothing of those that just go, or take too long."""
+        return [each for each in await self._everywhere("whole", _portable(scope), body) if isinstance(each, Said)]
+
+    async def _known(self, title: str, context: tuple[int, ...]) -> Known | None:
+        """The conversation of a `context`, from the replica that gave it: another may go on with it."""
+        found = await self._everywhere("remembered", title, context) if context else []
+        return next((each for each in found if isinstance(each, Known)), None)
+
+    async def _everywhere(self, method: str, *said: Any) -> list[Any]:
+        """What a method gives on each replica; nothing where one takes too long."""
         try:
-            asked = self._models.broadcast("whole", _portable(scope), body)
-            found = await asked.results_async(timeout_s=ALL_S, return_exceptions=True)
+            asked = self._models.broadcast(method, *said)
+            return await asked.results_async(timeout_s=ALL_S, return_exceptions=True)
         except (DeploymentUnavailableError, TimeoutError):
             return []
-        return [each for each in found if isinstance(each, Said)]
 
 
-def about(path: str, body: bytes) -> tuple[str, bool]:
-    """The installed model that a request is about, by the name that lists have, and whether all replicas are to let it
-    go. Of what is wrong with a request a replica tells."""
+class About(NamedTuple):
+    """What a door must know of a request."""
+
+    title: str = ""
+    """The installed model that it is about, by the name that lists have."""
+    unloads: bool = False
+    """All replicas are to let it go."""
+    context: tuple[int, ...] = ()
+    """It goes on from there."""
+
+
+def about(path: str, body: bytes) -> About:
+    """Of what is wrong with a request a replica tells."""
     try:
         fields = Fields.read(body, "Request")
         found = store.find(fields.text("model", "name"))
         unloads = path in _SAYING and not fields.any(_SAYING[path]) and keep_alive(fields.any("keep_alive")) == 0
+        ids = fields.items("context") if path == "/api/generate" else []
     except (Refused, UserError):
-        return "", False
-    return ("", False) if found is None else (found.title, unloads)
+        return About()
+    if found is None:
+        return About()
+    return About(found.title, unloads, tuple(ids) if all(isinstance(each, int) for each in ids) else ())
 
 
 def loaded(said: Sequence[Said]) -> Response:

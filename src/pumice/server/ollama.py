@@ -16,7 +16,7 @@ from pumice.durations import keep_alive
 from pumice.errors import UserError
 from pumice.ollama_prompt import Turn
 from pumice.server.answers import Call, Coming, begun
-from pumice.server.asked import Asked, ready
+from pumice.server.asked import KNOWN, Asked, ready
 from pumice.server.bodies import aside, read
 from pumice.server.documents import body
 from pumice.server.residents import Residents, named
@@ -63,6 +63,7 @@ def routes(residents: Residents, settings: Settings) -> APIRouter:
             suffix=suffix,
             template=fields.text("template"),
             context=_context(fields),
+            known=request.scope.get(KNOWN),
         )
         kind = "raw" if raw else "generate"
         exchange = Exchange(request, asked, came_s, kind, fields.flag("_debug_render_only"))
@@ -164,7 +165,7 @@ async def _answered(residents: Residents, common: Common, exchange: Exchange) ->
         return await unless_gone(exchange.request, _rendered(residents, common, exchange))
     needs = AsyncExitStack()
     async with needs:
-        call = Call(exchange.request, common.name, common.keep_ns, exchange.came_s, exchange.to)
+        call = Call(exchange.request, common.installed, common.keep_ns, exchange.came_s, exchange.to)
         opening = begun(residents, call, exchange.asked)
         (coming,) = await unless_gone(exchange.request, needs.enter_async_context(opening))
         if common.streams:
@@ -178,7 +179,7 @@ async def _answered(residents: Residents, common: Common, exchange: Exchange) ->
 
 async def _rendered(residents: Residents, common: Common, exchange: Exchange) -> Response:
     """The prompt as the model sees it, with `[img-0]` where the features of an image stand."""
-    async with residents.use(common.name, common.keep_ns, exchange.to) as resident, resident.turn:
+    async with residents.use(common.installed, common.keep_ns, exchange.to) as resident, resident.turn:
         model, contexts, context = resident.model, resident.contexts, resident.context
         seen = (await residents.read(lambda: ready(exchange.asked, model, contexts, context))).seen
     numbers = count()
@@ -223,7 +224,7 @@ def _told(likely: Likely) -> dict[str, Any]:
 
 async def _load(residents: Residents, common: Common, said: Mapping[str, Any]) -> Response:
     """One object, whatever was asked of streaming."""
-    async with residents.use(common.name, common.keep_ns, "chat" if "message" in said else "generate"):
+    async with residents.use(common.installed, common.keep_ns, "chat" if "message" in said else "generate"):
         return Json({**_head(common.name), **said, "done": True, "done_reason": "load"})
 
 

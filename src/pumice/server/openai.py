@@ -87,6 +87,7 @@ class Order:
     """How a request is to be answered."""
 
     name: str
+    installed: store.Installed
     kind: str
     came_s: float
     count: int
@@ -103,14 +104,14 @@ class Order:
         name = fields.text("model")
         if not name:
             raise Refused(400, "model is required")
-        named(name)
+        installed = named(name)
         count = 1 if fields.whole("n") is None else fields.whole("n") or 0
         if not 1 <= count <= MOST_ANSWERS:
             raise Refused(400, f"n is {count:.3g}; 1 to {MOST_ANSWERS} answers can be had")
         id = f"{'chatcmpl' if kind == 'chat.completion' else 'cmpl'}-{secrets.token_hex(12)}"
         usage = Fields(fields.mapping("stream_options"), "StreamOptions").flag("include_usage")
         keep_ns = keep_alive(fields.any("keep_alive"))
-        return cls(name, kind, came_s, count, fields.flag("stream"), usage, keep_ns, id, int(time.time()))
+        return cls(name, installed, kind, came_s, count, fields.flag("stream"), usage, keep_ns, id, int(time.time()))
 
     @property
     def chats(self) -> bool:
@@ -126,7 +127,7 @@ class Order:
 async def _answered(residents: Residents, request: Request, order: Order, asked: Asked) -> Response:
     needs = AsyncExitStack()
     async with needs:
-        call = Call(request, order.name, order.keep_ns, order.came_s, "chat" if order.chats else "generate")
+        call = Call(request, order.installed, order.keep_ns, order.came_s, "chat" if order.chats else "generate")
         coming = await unless_gone(request, needs.enter_async_context(begun(residents, call, asked, order.count)))
         if order.streams:
             return Streamed(_frames(order, coming), needs.pop_all(), "text/event-stream")

@@ -14,7 +14,7 @@ from pumice.server.bodies import aside, read
 from pumice.server.documents import body
 from pumice.server.library import required
 from pumice.server.ollama import pictures
-from pumice.server.residents import Residents
+from pumice.server.residents import Residents, named
 from pumice.server.settings import Settings
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def routes(residents: Residents, settings: Settings) -> APIRouter:
         fields = await read(request, "SeeRequest")
         name, most = required(fields), fields.whole("image_tokens")
         images = await aside(fields.size, lambda: pictures(fields, settings))
-        async with residents.use(name) as resident, resident.turn:
+        async with residents.use(named(name)) as resident, resident.turn:
             model = resident.model
             return JSONResponse({"images": await residents.read(lambda: _seen(model, images, most))})
 
