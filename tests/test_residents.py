@@ -71,7 +71,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Held:
 
 
 async def use(residents: Residents, name: str = "pebble", keep_ns: int | None = None) -> Resident:
-    async with residents.use(named(name), keep_ns) as resident:
+    async with residents.use(name, named(name), keep_ns) as resident:
         return resident
 
 
@@ -133,7 +133,7 @@ def test_a_load_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_model_waits_for_room_until_another_is_idle() -> None:
     async def work(residents: Residents) -> None:
-        async with residents.use(named("pebble")) as first:
+        async with residents.use("pebble", named("pebble")) as first:
             second = asyncio.create_task(use(residents, "pebble:1.5"))
             await asyncio.sleep(0.3)
             assert residents.all == [first]
@@ -191,7 +191,7 @@ def test_an_idle_model_goes_where_memory_runs_out(monkeypatch: pytest.MonkeyPatc
     async def work(residents: Residents) -> None:
         watching = asyncio.create_task(residents.watch())
         await use(residents, "pebble:1.5")
-        async with residents.use(named("pebble")) as busy:
+        async with residents.use("pebble", named("pebble")) as busy:
             with monkeypatch.context() as patch:
                 patch.setattr(module, "host", lambda: Memory(total=100, available=2))
                 await asyncio.sleep(1.3)
@@ -205,7 +205,7 @@ def test_an_idle_model_goes_where_memory_runs_out(monkeypatch: pytest.MonkeyPatc
 
 def test_nobody_waits_where_one_request_has_several_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     async def work(residents: Residents) -> None:
-        async with residents.use(named("pebble")):
+        async with residents.use("pebble", named("pebble")):
             with monkeypatch.context() as patch:
                 patch.setattr(Worker, "waiting", 3)
                 assert [(each.running, each.waiting) for each in residents._standings()] == [(3, 0)]

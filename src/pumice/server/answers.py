@@ -77,6 +77,7 @@ class Call:
     """Who asks which model, when, for what, and how long it is to stay: None leaves that as it is."""
 
     request: Request
+    name: str
     installed: Installed
     keep_ns: int | None
     came_s: float
@@ -89,7 +90,7 @@ async def begun(residents: Residents, call: Call, asked: Asked, count: int = 1) 
 
     Raises Refused and UserError before the first chunk of each is there.
     """
-    use = residents.use(call.installed, call.keep_ns, call.to)
+    use = residents.use(call.name, call.installed, call.keep_ns, call.to)
     async with use as resident, resident.turn, AsyncExitStack() as needs:
         clock = Clock(call.came_s, time.monotonic())
         model = resident.model

@@ -165,7 +165,7 @@ async def _answered(residents: Residents, common: Common, exchange: Exchange) ->
         return await unless_gone(exchange.request, _rendered(residents, common, exchange))
     needs = AsyncExitStack()
     async with needs:
-        call = Call(exchange.request, common.installed, common.keep_ns, exchange.came_s, exchange.to)
+        call = Call(exchange.request, common.name, common.installed, common.keep_ns, exchange.came_s, exchange.to)
         opening = begun(residents, call, exchange.asked)
         (coming,) = await unless_gone(exchange.request, needs.enter_async_context(opening))
         if common.streams:
@@ -179,7 +179,7 @@ async def _answered(residents: Residents, common: Common, exchange: Exchange) ->
 
 async def _rendered(residents: Residents, common: Common, exchange: Exchange) -> Response:
     """The prompt as the model sees it, with `[img-0]` where the features of an image stand."""
-    async with residents.use(common.installed, common.keep_ns, exchange.to) as resident, resident.turn:
+    async with residents.use(common.name, common.installed, common.keep_ns, exchange.to) as resident, resident.turn:
         model, contexts, context = resident.model, resident.contexts, resident.context
         seen = (await residents.read(lambda: ready(exchange.asked, model, contexts, context))).seen
     numbers = count()
@@ -224,7 +224,9 @@ def _told(likely: Likely) -> dict[str, Any]:
 
 async def _load(residents: Residents, common: Common, said: Mapping[str, Any]) -> Response:
     """One object, whatever was asked of streaming."""
-    async with residents.use(common.installed, common.keep_ns, "chat" if "message" in said else "generate"):
+    async with residents.use(
+        common.name, common.installed, common.keep_ns, "chat" if "message" in said else "generate"
+    ):
         return Json({**_head(common.name), **said, "done": True, "done_reason": "load"})
 
 

@@ -127,7 +127,9 @@ class Order:
 async def _answered(residents: Residents, request: Request, order: Order, asked: Asked) -> Response:
     needs = AsyncExitStack()
     async with needs:
-        call = Call(request, order.installed, order.keep_ns, order.came_s, "chat" if order.chats else "generate")
+        call = Call(
+            request, order.name, order.installed, order.keep_ns, order.came_s, "chat" if order.chats else "generate"
+        )
         coming = await unless_gone(request, needs.enter_async_context(begun(residents, call, asked, order.count)))
         if order.streams:
             return Streamed(_frames(order, coming), needs.pop_all(), "text/event-stream")

@@ -39,7 +39,7 @@ def routes(residents: Residents, settings: Settings) -> APIRouter:
         fields = await read(request, "SeeRequest")
         name, most = required(fields), fields.whole("image_tokens")
         images = await aside(fields.size, lambda: pictures(fields, settings))
-        async with residents.use(named(name)) as resident, resident.turn:
+        async with residents.use(name, named(name)) as resident, resident.turn:
             model = resident.model
             return JSONResponse({"images": await residents.read(lambda: _seen(model, images, most))})
 

@@ -60,16 +60,16 @@ class Residents:
 
     @asynccontextmanager
     async def use(
-        self, installed: Installed, keep_ns: int | None = None, to: Literal["generate", "chat"] = "generate"
+        self, name: str, installed: Installed, keep_ns: int | None = None, to: Literal["generate", "chat"] = "generate"
     ) -> AsyncIterator[Resident]:
         """A model that answers, loaded if it must be, that stays at least until the end of this block.
 
-        installed: what `named` found. keep_ns: how long it then stays; None leaves that as it is. to: what it is asked,
-        for the error of a model that only gives vectors. Raises Refused for too many requests and for such a model,
+        installed: what `named` found by the name. keep_ns: how long it then stays; None leaves that as it is. to: what
+        it is asked, for the error of a model that only gives vectors. Raises Refused for too many requests and for such a model,
         UserError for a model that cannot be loaded.
         """
         if embedders.embeds(installed):
-            raise Refused(400, f'"{installed.title}" does not support {to}: it is an embedding model')
+            raise Refused(400, f'"{name}" does not support {to}: it is an embedding model')
         async with self._held(installed, keep_ns) as loaded:
             assert isinstance(loaded, Resident), "a model that answers was not loaded as one"
             yield loaded
