@@ -65,8 +65,8 @@ class Residents:
         """A model that answers, loaded if it must be, that stays at least until the end of this block.
 
         installed: what `named` found by the name. keep_ns: how long it then stays; None leaves that as it is. to: what
-        it is asked, for the error of a model that only gives vectors. Raises Refused for too many requests and for such a model,
-        UserError for a model that cannot be loaded.
+        it is asked, for the error of a model that only gives vectors. Raises Refused for too many requests and for such
+        a model, UserError for a model that cannot be loaded.
         """
         if embedders.embeds(installed):
             raise Refused(400, f'"{name}" does not support {to}: it is an embedding model')
