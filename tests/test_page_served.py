@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 import pumice
@@ -77,6 +80,26 @@ def test_the_server_goes_and_comes_back(browser: Any) -> None:
         there.ask("And now?")
         expect(there.page.locator(".answer .timings")).to_have_count(2, timeout=PATIENCE_MS)
         there.context.close()
+
+
+def test_an_answer_is_stopped_and_the_engine_with_it(browser: Any) -> None:
+    """One that would go on for a thousand tokens."""
+    with served() as base:
+        there = Visit(browser, base).open()
+        there.page.get_by_role("button", name="Settings").click()
+        dialog = there.page.get_by_role("dialog", name="Settings")
+        dialog.get_by_label("JSON by a schema").check()
+        dialog.get_by_label("JSON schema").fill('{"type": "array", "items": {"type": "integer"}, "minItems": 500}')
+        dialog.get_by_role("button", name="Done").click()
+        there.ask("Count.")
+        expect(there.page.locator(".answer .text")).to_contain_text("[", timeout=PATIENCE_MS)
+        there.page.get_by_role("button", name="Stop").click()
+        expect(there.page.locator(".answer")).to_contain_text("Stopped.", timeout=PATIENCE_MS)
+        there.context.close()
+        ends_s = time.monotonic() + PATIENCE_MS / 1000
+        while not re.search(r"num_requests_running\{[^}]*\} 0\.0", httpx2.get(f"{base}/metrics").text):
+            assert time.monotonic() < ends_s, "the engine goes on with what nobody reads"
+            time.sleep(0.05)
 
 
 def test_a_model_is_pulled_from_a_registry(browser: Any, host: str, places: Path, tmp_path: Path) -> None:
