@@ -254,15 +254,15 @@ def blocks() -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
     """Noise over ten decades, heavy tails, outliers, groups of zeros, one sign, constants, whole and half numbers; and
     what no half-precision scale can hold: denormal numbers and a huge one."""
     random = np.random.default_rng(0)
-    x = random.standard_normal((121, 256)) * np.logspace(-6, 4, 121)[:, None]
-    x[1::11] = random.standard_t(2, (11, 256)) * 0.02
-    x[2::11, random.integers(0, 256, 11)] *= 300
+    x = random.standard_normal((132, 256)) * np.logspace(-6, 4, 132)[:, None]
+    x[1::11] = random.standard_t(2, (12, 256)) * 0.02
+    x[2::11, random.integers(0, 256, 12)] *= 300
     x[3::11, 32:96] = 0
     x[4::11] = abs(x[4::11])
     x[5::11] = -abs(x[5::11]) - 0.01
-    x[6::11] = random.integers(-8, 9, (11, 256)) / 2
+    x[6::11] = random.integers(-8, 9, (12, 256)) / 2
     x[7::11, ::3] = 0
-    x[8::11] *= np.repeat(10.0 ** random.integers(-5, 3, (11, 16)), 16, axis=1)
+    x[8::11] *= np.repeat(10.0 ** random.integers(-5, 3, (12, 16)), 16, axis=1)
     x[9], x[20], x[31], x[42] = 0, 3.25, -1.5, np.tile([1.0, -1.0], 128)
     x[53], x[64, :128], x[75, 1:] = np.arange(256) / 2 - 64, 0.7, 0
     x[86], x[97] = x[86] * 1e-40, x[97] * 1e-20

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pumice import ops
 from pumice.checkpoints.safetensors_writer import Weight
 from pumice.engine.cache import Cache
 from pumice.engine.disk import Disk
@@ -27,8 +28,9 @@ AT_ONCE = 2**20
 
 
 def model_digest(network: Llava, *others: object) -> str:
-    """Of the config, of all weights, and of what else keys and values depend on."""
-    digest = hashlib.blake2b(repr((network.config, *others)).encode(), digest_size=16)
+    """Of the config, of all weights, and of what else keys and values depend on, as the form that eyes take part in."""
+    described = repr((network.config, ops.narrower_format().name, *others))
+    digest = hashlib.blake2b(described.encode(), digest_size=16)
     for name, module in sorted(network.named_modules()):
         for field in ("weight", "bias", "image_newline"):
             values = vars(module).get(field, module._parameters.get(field))

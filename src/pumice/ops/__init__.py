@@ -38,7 +38,7 @@ __all__ = [
     "linear",
     "linears",
     "narrower",
-    "narrower_bytes",
+    "narrower_format",
     "quantised",
     "quick_gelu",
     "rms_norm",
@@ -87,7 +87,7 @@ def linear(x_TD: Tensor, weight_FD: Tensor | QTensor, bias_F: Tensor | None) -> 
         if weight_FD.format.dtype is None and (gpu := _by_triton(x_TD)):
             return gpu.linear(x_TD, weight_FD, bias_F)
         weight_FD = weight_FD.dense(x_TD.dtype)
-    if weight_FD.dtype == torch.bfloat16:  # of a model in float32 where `narrower` made it
+    if weight_FD.dtype == torch.bfloat16 and _by_kernels(x_TD):  # of a model in float32 where `narrower` made it
         x_TD, bias_F = x_TD.to(torch.bfloat16), None if bias_F is None else bias_F.to(torch.bfloat16)
     return _backend().linear(x_TD, weight_FD, bias_F)
 
@@ -173,15 +173,17 @@ def fits_narrower(weight: Tensor) -> bool:
     return weight.dim() == 2 and weight.is_cpu and weight.shape[1] % FORMATS["Q8_0"].block_weights == 0
 
 
+def narrower_format() -> Format:
+    """The form of fewer bits in which this CPU multiplies a matrix with many rows fastest: bfloat16 where PyTorch has
+    tiles for it, otherwise blocks of eight bits."""
+    tiles = _backend() is fused and library.built() is not None and library.bf16_tiles()
+    return FORMATS["BF16" if tiles else "Q8_0"]
+
+
 def narrower(weight_FD: Tensor) -> Tensor | QTensor:
-    """The matrix in the form of fewer bits that this CPU multiplies with many rows fastest: in bfloat16 where PyTorch
-    has tiles for it, otherwise in blocks of eight bits."""
-    return weight_FD.to(torch.bfloat16) if _in_tiles() else quantised(weight_FD, FORMATS["Q8_0"])
-
-
-def narrower_bytes(rows: int, columns: int) -> int:
-    """The size of what `narrower` makes of a matrix."""
-    return rows * (columns * torch.bfloat16.itemsize if _in_tiles() else FORMATS["Q8_0"].row_bytes(columns))
+    """The matrix in `narrower_format`."""
+    format = narrower_format()
+    return weight_FD.to(format.dtype) if format.dtype else quantised(weight_FD, format)
 
 
 def captures(x: Tensor) -> bool:
@@ -192,10 +194,6 @@ def captures(x: Tensor) -> bool:
 def takes_blocks(x_BTD: Tensor) -> bool:
     """Whether `Blocks` is the faster form of the language model's blocks for this input."""
     return x_BTD.dtype == torch.float32 and _by_kernels(x_BTD)
-
-
-def _in_tiles() -> bool:
-    return _backend() is fused and library.built() is not None and library.bf16_tiles()
 
 
 def _learns(x: Tensor) -> bool:

@@ -160,7 +160,8 @@ class _Rules:
             block = re.match(r"vision_tower\.encoder\.layers\.(\d+)\.", name)
             if block is not None and int(block[1]) >= self.eyes_run:
                 return Share(mapped=math.prod(shape) * tensors.dtype(name).itemsize)
-            count, viewed = ops.narrower_bytes(*shape), False
+            format = ops.narrower_format()
+            count, viewed = shape[0] * format.row_bytes(shape[1]), format.dtype == tensors.dtype(name) and not computed
         else:
             count = math.prod(shape) * self.dtype.itemsize
             viewed = self.on_cpu and not computed and blocks is None and tensors.dtype(name) == self.dtype

@@ -35,6 +35,7 @@ from pumice.server import offline
 from pumice.server.app import create_app, envelope
 from pumice.server.asked import KNOWN, Known
 from pumice.server.guard import Guard
+from pumice.server.loaded import Resident
 from pumice.server.metrics import CONTENT_TYPE
 from pumice.server.residents import BUSY
 from pumice.server.running import share_cores
@@ -50,6 +51,8 @@ AT_THE_DOOR = 4096
 """Requests under way in one door, which holds little of each."""
 ALL_S = 30.0
 """How long all replicas may take to say what they have in memory."""
+KNOWN_S = 3.0
+"""How long a follow-up waits for its conversation; then its text alone counts."""
 _OPENAI = ("chat/completions", "completions", "embeddings")
 ANSWERS = frozenset(
     ["/api/generate", "/api/chat", "/api/embed", "/api/embeddings", "/pumice/see"]
@@ -162,7 +165,7 @@ class Replica:
     async def remembered(self, title: str, context: tuple[int, ...]) -> Known | None:
         """The conversation for which this replica gave these ids, pictures and all, if it still has it."""
         resident = self._app.state.residents.find(title)
-        return None if resident is None else resident.contexts.find(context)
+        return resident.contexts.find(context) if isinstance(resident, Resident) else None
 
     async def check_health(self) -> None:
         """Ray asks now and then, and starts a replica anew that says no. Raises RuntimeError."""
@@ -200,12 +203,17 @@ class Door:
             worst = max(said, key=lambda each: each.status)
             await Response(worst.body, worst.status, media_type="application/json")(scope, receive, send)
             return
-        one = self._models.options(method_name="answer", stream=True, multiplexed_model_id=title)
-        coming = one.remote({**_portable(scope), KNOWN: await self._known(title, context)}, body)
-        try:
-            await unless_gone(Request(scope, receive), self._relay(scope, coming, send))
-        finally:
-            coming.cancel()
+
+        async def answered() -> None:
+            known = await self._known(title, context)
+            one = self._models.options(method_name="answer", stream=True, multiplexed_model_id=title)
+            coming = one.remote({**_portable(scope), KNOWN: known}, body)
+            try:
+                await self._relay(scope, coming, send)
+            finally:
+                coming.cancel()
+
+        await unless_gone(Request(scope, receive), answered())
 
     async def _relay(self, scope: Scope, coming: Any, send: Send) -> None:
         begun = False
@@ -235,18 +243,20 @@ class Door:
         await (merged(said)(scope, receive, send) if said else self._own(scope, receive, send))
 
     async def _all(self, scope: Scope, body: bytes) -> list[Said]:
-        return [each for each in await self._everywhere("whole", _portable(scope), body) if isinstance(each, Said)]
+        return [
+            each for each in await self._everywhere(ALL_S, "whole", _portable(scope), body) if isinstance(each, Said)
+        ]
 
     async def _known(self, title: str, context: tuple[int, ...]) -> Known | None:
         """The conversation of a `context`, from the replica that gave it: another may go on with it."""
-        found = await self._everywhere("remembered", title, context) if context else []
+        found = await self._everywhere(KNOWN_S, "remembered", title, context) if context else []
         return next((each for each in found if isinstance(each, Known)), None)
 
-    async def _everywhere(self, method: str, *said: Any) -> list[Any]:
+    async def _everywhere(self, patience_s: float, method: str, *said: Any) -> list[Any]:
         """What a method gives on each replica; nothing where one takes too long."""
         try:
             asked = self._models.broadcast(method, *said)
-            return await asked.results_async(timeout_s=ALL_S, return_exceptions=True)
+            return await asked.results_async(timeout_s=patience_s, return_exceptions=True)
         except (DeploymentUnavailableError, TimeoutError):
             return []
 

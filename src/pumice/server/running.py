@@ -23,6 +23,8 @@ SPINS = 1000
 """How often a thread of the engine looks for work before it sleeps: for as long as the gaps within a step. GNU's OpenMP
 looks 300000 times, which is milliseconds, on the core that the event loop, a client or another program needs."""
 BACKLOG = 2048
+MACOS_FILES = 10240
+"""OPEN_MAX of its <sys/syslimits.h>, beyond which no process may go whatever its limit says."""
 
 
 def listening(settings: Settings) -> socket.socket:
@@ -53,8 +55,10 @@ def allow_connections() -> None:
     except ImportError:  # Windows, which has no such number
         return
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):  # macOS says that there is none, and means another
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    for count in (most, MACOS_FILES):
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (count, most))
+            return
 
 
 def share_cores() -> None:
