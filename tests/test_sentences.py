@@ -61,7 +61,7 @@ def base(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_CACHE", str(hub))
         patch.setattr(socket, "getaddrinfo", near)
-        with served(Settings(port=0)) as base:
+        with served(Settings(port=0, folders=True)) as base:
             yield base
 
 
@@ -154,13 +154,13 @@ def test_it_sees_nothing(base: str) -> None:
     assert (answer.status_code, "for texts alone" in answer.json()["error"]) == (400, True)
 
 
-def test_a_folder_is_for_who_sits_here(base: str, folder: Path) -> None:
+def test_a_folder_is_named_where_the_settings_allow_it(base: str, folder: Path) -> None:
     for name in (str(folder / "1_Pooling"), str(folder.parent), "/etc/passwd", "/no/such", "m", f"./{folder.name}"):
         answer = post(base, "/api/embed", {"model": name, "input": "a"})
         assert (answer.status_code, answer.json()["error"]) == (404, f"model '{name}' not found")
 
     async def ask() -> None:
-        async with Residents(Settings(host="0.0.0.0", open_bind=True)).use_for_vectors(str(folder)):
+        async with Residents(Settings()).use_for_vectors(str(folder)):
             raise AssertionError
 
     with pytest.raises(Refused, match="not found"):

@@ -15,7 +15,7 @@ from pumice.errors import UserError
 from pumice.room.memory import host
 from pumice.server.loaded import Embedder, Loaded, Resident
 from pumice.server.metrics import Metrics, Standing
-from pumice.server.settings import Address, Settings
+from pumice.server.settings import Settings
 from pumice.server.wire import Refused
 from pumice.store import Installed, Stored, embedders
 
@@ -76,8 +76,8 @@ class Residents:
 
     @asynccontextmanager
     async def use_for_vectors(self, name: str, keep_ns: int | None = None) -> AsyncIterator[Loaded]:
-        """Any model, as `use`; also an embedding model by its folder, for who sits at this machine."""
-        here = embedders.at(name) if Address(host=self._settings.host).is_loopback else None
+        """Any model, as `use`; also an embedding model by its folder, where the settings allow it."""
+        here = await asyncio.to_thread(embedders.at, name) if self._settings.folders else None
         async with self._held(here or named(name), keep_ns) as loaded:
             yield loaded
 
