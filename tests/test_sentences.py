@@ -257,6 +257,7 @@ def test_damaged_weights(folder: Path, tmp_path: Path) -> None:
     [
         ("tokenizer.json", lambda said: {**said, "model": {"type": "none"}}),
         ("tokenizer.json", lambda said: {}),
+        ("tokenizer.json", lambda said: {**said, "normalizer": {"type": "none"}}),
         ("config.json", lambda said: {**said, "hidden_size": "wide"}),
         ("config.json", lambda said: {**said, "num_hidden_layers": [1]}),
         ("config.json", lambda said: {**said, "num_attention_heads": 0}),
@@ -269,7 +270,7 @@ def test_damaged_weights(folder: Path, tmp_path: Path) -> None:
 )  # fmt: skip
 def test_damaged_files_are_told_in_words(folder: Path, tmp_path: Path, name: str, change: Any) -> None:
     found = changed(folder, tmp_path, name, change)
-    with pytest.raises(UserError, match="^m") as caught:
+    with pytest.raises(UserError, match=r"^m") as caught:
         load_sentences(found, "m")
     assert str(tmp_path) not in caught.value.message
 
@@ -280,7 +281,7 @@ def test_words_that_the_network_has_not(folder: Path, tmp_path: Path) -> None:
     said = json.loads((found / "tokenizer.json").read_text())
     said["model"]["vocab"]["a"] = 5000
     (found / "tokenizer.json").write_text(json.dumps(said))
-    with pytest.raises(UserError, match="^m gives no vectors"):
+    with pytest.raises(UserError, match=r"^m gives no vectors"):
         load_sentences(found, "m").embed(["a"])
 
 

@@ -88,7 +88,9 @@ def test_nothing_said() -> None:
     here = Settings()
     assert (here.host, here.port, here.max_queue, here.max_models) == ("127.0.0.1", 11434, 512, 3)
     assert (here.keep_alive_ns, here.parallel, here.context) == (300 * SECOND, None, None)
-    assert not any((here.offline, here.remote_images, here.folders, here.open_bind, here.debug, here.keys, here.origins))
+    assert not any(
+        (here.offline, here.remote_images, here.folders, here.open_bind, here.debug, here.keys, here.origins)
+    )
 
 
 def test_all_said() -> None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from pumice.checkpoints.tensors import SafetensorError, opened
+from pumice.checkpoints.tensors import WRONG_FILE, opened
 from pumice.embedding import Embeddings
 from pumice.errors import UserError, shortened
 from pumice.picture import ImageLike
@@ -29,7 +29,7 @@ from pumice.room.fitting import Machine, NoRoom
 from pumice.room.memory import shown
 from pumice.store.installed import PART, weights
 from pumice.store.installed import PARTS as MODULES
-from pumice.tokenizer import LibraryErrors, refuse_broken
+from pumice.tokenizer import LibraryErrors
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -151,7 +151,7 @@ def load_sentences(folder: Path, name: str) -> SentenceModel:
 
 
 def _positions(inner: SentenceTransformer) -> int:
-    """What the tokenizer cuts texts to, and no more than the network has places for: of RoBERTa's some are no token's."""
+    """What the tokenizer cuts texts to, and no more than the network has places for: some of RoBERTa's are none's."""
     tables = (
         each.num_embeddings - (0 if each.padding_idx is None else each.padding_idx + 1)
         for name, each in inner.named_modules()
@@ -169,11 +169,13 @@ def _in_words(what: str, private: tuple[str, str] = ("", "")) -> Iterator[None]:
 
     damaged = (
         OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, AssertionError,
-        ArithmeticError, pickle.UnpicklingError, SafetensorError, WRONG_CONFIG,
+        ArithmeticError, pickle.UnpicklingError, WRONG_FILE, WRONG_CONFIG,
     )  # fmt: skip
     try:
         with LibraryErrors(AGAIN):
             yield
+    except UserError as error:
+        raise UserError(f"{what}: {error.message}", hint=error.hint) from error
     except torch.OutOfMemoryError as error:
         raise NoRoom(f"{what}: the GPU's memory is full", hint="send less at a time, or free some of it") from error
     except damaged as error:
@@ -210,8 +212,6 @@ def _check_part(place: Path, kind: str) -> None:
         raise UserError("an adapter, which pumice does not apply,", hint="merge it into its model, or take another one")
     for each in sorted(place.glob("sentence_*_config.json")):
         _check_settings(each)
-    if (tokenizer := place / "tokenizer.json").exists():
-        refuse_broken(tokenizer)
     if kind not in WITH_WEIGHTS:
         return
     index = place / f"{WEIGHTS}.index.json"

@@ -349,12 +349,6 @@ def _refuse_lost_merges(model: Mapping[str, Any], hint: str) -> None:
             raise UserError(f"the tokenizer.json joins {pair}, which gives no token of its vocabulary", hint=hint)
 
 
-def refuse_broken(path: Path) -> None:
-    """Raises UserError for a tokenizer.json, of whatever kind, that the library cannot read."""
-    with LibraryErrors(_AGAIN):
-        tokenizers.Tokenizer.from_file(str(path))
-
-
 class LibraryErrors:
     """Turns the library's errors into a UserError: they are of class Exception itself, which nothing else here raises,
     and where its code did not expect the file, of a class that it exports under no name."""

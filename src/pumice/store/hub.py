@@ -33,7 +33,6 @@ from pumice.store.link import Unreachable
 from pumice.store.registry import Missing
 from pumice.store.transfer import Progress
 
-
 WRONG_CONFIG = StrictDataclassError
 """What the library raises for a config.json whose values are of another kind; transformers reads with it."""
 
