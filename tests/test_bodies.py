@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import random
 import threading
@@ -87,6 +88,34 @@ def test_pictures_are_decoded_in_pieces() -> None:
     for text, place in (("QQ==" * 2**19, 2), ("A" * 2**21 + "=A==", 2**21), ("A" * 2**21 + "@AAA", 2**21), ("A", 1)):
         with pytest.raises(Refused, match=f"at input byte {place}$"):
             image_bytes(text)
+
+
+def test_two_long_requests_leave_the_collector_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first is read until the second has begun, or has had time to: neither turns it on under the other."""
+    begun, over = threading.Event(), threading.Event()
+    states = list[bool]()
+
+    def first(body: bytearray, struct: str) -> None:
+        begun.wait(0.3)
+        states.append(gc.isenabled())
+
+    def second(body: bytearray, struct: str) -> None:
+        begun.set()
+        over.wait(0.3)
+        states.append(gc.isenabled())
+
+    def read(body: bytearray, struct: str) -> None:
+        (first if body else second)(body, struct)
+
+    monkeypatch.setattr(Fields, "read", read)
+    threads = [threading.Thread(target=bodies._long, args=(bytearray(each), "X")) for each in (b"1", b"")]
+    for each in threads:
+        each.start()
+    threads[0].join()
+    over.set()
+    threads[1].join()
+    assert states == [False, False]
+    assert gc.isenabled()
 
 
 # --- all of them together ---------------------------------------------------------------------------------------------

@@ -160,6 +160,14 @@ def test_an_embedding_model_of_ollamas_gives_vectors_and_is_not_run(places: Path
         assert "does not support chat" in post(base, "/api/chat", {"model": "all-minilm"}).json()["error"]
 
 
+@pytest.mark.parametrize("family", [["bert"], {"bert": 1}, 1, None])
+def test_a_family_that_is_no_text_is_none(places: Path, pair: Path, family: object) -> None:
+    config = {**ollama_store.CONFIG, "model_family": family}
+    ollama_store.install(places / "ollama", LLAVA, [("model", pair.read_bytes())], config)
+    assert facts.details(found("llava:7b")).family == ""
+    assert facts.capabilities(found("llava:7b")) == ("completion",)
+
+
 def test_whose_child_a_model_is(llava: store.Installed, places: Path, pair: Path) -> None:
     list(creating.create(Name.parse("mine"), creating.Recipe("llava:7b"), own_store()))
     assert facts.details(found("mine")).parent_model == "llava:7b"

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
+from unittest.mock import ANY
 
 import pytest
+from starlette.requests import ClientDisconnect, Request
 
 from pumice.errors import UserError
 from pumice.ollama_prompt import Turn
 from pumice.room.memory import Memory
 from pumice.server import residents as module
 from pumice.server.asked import Asked, ready
-from pumice.server.loaded import Resident
+from pumice.server.library import _resident
+from pumice.server.loaded import Embedder, Resident
 from pumice.server.residents import Residents, named
 from pumice.server.settings import Settings
+from pumice.server.streams import unless_gone
+from pumice.server.vectors import Wanted, _found
+from pumice.server.wire import Fields, Refused
 from pumice.server.worker import Worker
+from pumice.store import Folder
 
 load = module._load
 
@@ -209,5 +218,86 @@ def test_nobody_waits_where_one_request_has_several_answers(monkeypatch: pytest.
             with monkeypatch.context() as patch:
                 patch.setattr(Worker, "waiting", 3)
                 assert [(each.running, each.waiting) for each in residents._standings()] == [(3, 0)]
+
+    run(work)
+
+
+class Slow(Wanted):
+    """Vectors that take until they may come."""
+
+    def __init__(self) -> None:
+        self.begun, self.over = threading.Event(), threading.Event()
+
+    def of(self, model: object) -> tuple[list[str], list[int]]:
+        self.begun.set()
+        assert self.over.wait(30)
+        return [], []
+
+
+def test_a_model_is_held_while_vectors_are_made_for_who_has_left() -> None:
+    async def work(residents: Residents) -> None:
+        slow, gone = Slow(), asyncio.Event()
+
+        async def receive() -> dict[str, str]:
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        fields = Fields.read(bytearray(b'{"model": "pebble"}'), "EmbedRequest")
+        asking = asyncio.create_task(_found(residents, Request({"type": "http"}, receive), fields, slow))
+        assert await asyncio.to_thread(slow.begun.wait, 30)
+        (resident,) = residents.all
+        for leave in (gone.set, asking.cancel):
+            leave()
+            await asyncio.sleep(0.05)
+            assert (resident.users, residents.pending) == (1, 1)
+        slow.over.set()
+        with suppress(ClientDisconnect, asyncio.CancelledError):
+            await asking
+        while residents.pending:
+            await asyncio.sleep(0.01)
+        assert resident.users == 0
+
+    run(work)
+
+
+def test_work_that_fails_leaves_no_task() -> None:
+    async def whole() -> None:
+        async def receive() -> dict[str, str]:
+            await asyncio.Event().wait()
+            return {}
+
+        async def fail() -> None:
+            raise KeyError("a bug")
+
+        with pytest.raises(KeyError):
+            await unless_gone(Request({"type": "http"}, receive), fail())
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(whole())
+
+
+def test_the_list_of_what_is_loaded_reads_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder may be gone, or take long to read."""
+    folder = shutil.copytree(named("pebble").path, tmp_path / "m")
+    monkeypatch.setattr(module, "_load", lambda title, settings: load("pebble", settings))
+
+    async def work(residents: Residents) -> None:
+        installed = Folder("m", folder, "disk")
+        async with residents.use("m", installed) as resident:
+            before = _resident(resident)
+        shutil.rmtree(folder)
+        assert _resident(resident) == {**before, "expires_at": ANY}
+        assert len(before["digest"]) == 64
+
+    run(work)
+
+
+def test_a_model_that_was_loaded_for_vectors_answers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(residents: Residents) -> None:
+        held = Embedder(named("pebble"), {}, cast(Any, None), 0, asyncio.Semaphore(1))
+        monkeypatch.setitem(residents._residents, module._key(held.installed), held)
+        with pytest.raises(Refused, match='"pebble" does not support generate'):
+            await use(residents)
+        assert "alive" not in vars(held)
 
     run(work)

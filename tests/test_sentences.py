@@ -16,6 +16,7 @@ import ollama
 import openai
 import pytest
 import torch
+from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
 
 from pumice import store
@@ -26,6 +27,8 @@ from pumice.sentences import Machine, NoRoom, load_sentences
 from pumice.server.residents import Residents
 from pumice.server.settings import Settings
 from pumice.server.wire import Refused
+from pumice.store.hub_cache import wanted
+from pumice.store.installed import Folder
 from sentence_folder import sentence_folder
 from served import post, served
 
@@ -61,7 +64,7 @@ def base(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_CACHE", str(hub))
         patch.setattr(socket, "getaddrinfo", near)
-        with served(Settings(port=0)) as base:
+        with served(Settings(port=0, folders=True)) as base:
             yield base
 
 
@@ -154,13 +157,13 @@ def test_it_sees_nothing(base: str) -> None:
     assert (answer.status_code, "for texts alone" in answer.json()["error"]) == (400, True)
 
 
-def test_a_folder_is_for_who_sits_here(base: str, folder: Path) -> None:
+def test_a_folder_is_named_where_the_settings_allow_it(base: str, folder: Path) -> None:
     for name in (str(folder / "1_Pooling"), str(folder.parent), "/etc/passwd", "/no/such", "m", f"./{folder.name}"):
         answer = post(base, "/api/embed", {"model": name, "input": "a"})
         assert (answer.status_code, answer.json()["error"]) == (404, f"model '{name}' not found")
 
     async def ask() -> None:
-        async with Residents(Settings(host="0.0.0.0", open_bind=True)).use_for_vectors(str(folder)):
+        async with Residents(Settings()).use_for_vectors(str(folder)):
             raise AssertionError
 
     with pytest.raises(Refused, match="not found"):
@@ -247,6 +250,112 @@ def test_damaged_weights(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="m cannot be loaded") as caught:
         load_sentences(found, "m")
     assert str(found) not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("tokenizer.json", lambda said: {**said, "model": {"type": "none"}}),
+        ("tokenizer.json", lambda said: {}),
+        ("tokenizer.json", lambda said: {**said, "normalizer": {"type": "none"}}),
+        ("config.json", lambda said: {**said, "hidden_size": "wide"}),
+        ("config.json", lambda said: {**said, "num_hidden_layers": [1]}),
+        ("config.json", lambda said: {**said, "num_attention_heads": 0}),
+        ("tokenizer_config.json", lambda said: {**said, "model_max_length": "long"}),
+        ("config_sentence_transformers.json", lambda said: {**said, "prompts": [1]}),
+        ("config_sentence_transformers.json", lambda said: {**said, "default_prompt_name": "none"}),
+        ("2_Dense/config.json", lambda said: {**said, "in_features": -1}),
+        ("1_Pooling/config.json", lambda said: {**said, "pooling_mode": "none"}),
+    ],
+)  # fmt: skip
+def test_damaged_files_are_told_in_words(folder: Path, tmp_path: Path, name: str, change: Any) -> None:
+    found = changed(folder, tmp_path, name, change)
+    with pytest.raises(UserError, match=r"^m") as caught:
+        load_sentences(found, "m")
+    assert str(tmp_path) not in caught.value.message
+
+
+def test_words_that_the_network_has_not(folder: Path, tmp_path: Path) -> None:
+    """The tokenizer gives numbers that its table does not reach."""
+    found = shutil.copytree(folder, tmp_path / "few")
+    said = json.loads((found / "tokenizer.json").read_text())
+    said["model"]["vocab"]["a"] = 5000
+    (found / "tokenizer.json").write_text(json.dumps(said))
+    with pytest.raises(UserError, match=r"^m gives no vectors"):
+        load_sentences(found, "m").embed(["a"])
+
+
+def test_a_text_is_cut_to_what_the_network_has(folder: Path, oracle: Any, tmp_path: Path) -> None:
+    found = changed(folder, tmp_path, "sentence_bert_config.json", lambda said: {**said, "max_seq_length": 10**6})
+    model = load_sentences(found, "m")
+    assert model.positions == 32
+    got = model.embed(["a red circle " * 10], truncate=True)
+    assert got.tokens == (32,)
+    np.testing.assert_allclose(got.vectors_ND.numpy(), oracle.encode(["a red circle " * 10]), atol=1e-5)
+
+
+def test_weights_have_one_name(folder: Path, tmp_path: Path) -> None:
+    """What else is called safetensors lets no pickle be read."""
+    for place in ("", "2_Dense"):
+        found = shutil.copytree(folder, tmp_path / f"other{place}")
+        (found / place / "model.safetensors").rename(found / place / "x.safetensors")
+        torch.save({}, found / place / "pytorch_model.bin")
+        with pytest.raises(UserError, match="no weights as safetensors"):
+            load_sentences(found, "m")
+        (found / place / "model.safetensors.index.json").write_text('{"weight_map": {"a": "pytorch_model.bin"}}')
+        with pytest.raises(UserError, match="not safetensors here" if not place else "no weights as safetensors"):
+            load_sentences(found, "m")
+
+
+def test_weights_in_several_files(folder: Path, oracle: Any, tmp_path: Path) -> None:
+    found = shutil.copytree(folder, tmp_path / "sharded")
+    name = "model-00001-of-00001.safetensors"
+    (found / "model.safetensors").rename(found / name)
+    with safe_open(found / name, "pt") as file:
+        index = {"metadata": {}, "weight_map": dict.fromkeys(file.keys(), name)}
+    (found / "model.safetensors.index.json").write_text(json.dumps(index))
+    np.testing.assert_allclose(load_sentences(found, "m").embed(["a"]).vectors_ND, oracle.encode(["a"]), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"model_kwargs": {"use_safetensors": False}}, {"model_args": {"variant": "x"}},
+        {"processor_kwargs": {"tokenizer_file": "/etc/passwd"}}, {"tokenizer_args": {"subfolder": ".."}},
+        {"config_kwargs": {"revision": "x"}}, {"config_args": {"code_revision": "x"}}, {"model_kwargs": [1]},
+        {"model_kwargs": {"dtype": {"": "float16"}}}, {"tokenizer_name_or_path": "/etc"},
+    ],
+)  # fmt: skip
+def test_d_settings_that_ask_for_more_are_refused(folder: Path, tmp_path: Path, more: dict[str, Any]) -> None:
+    found = changed(folder, tmp_path, "sentence_bert_config.json", lambda said: {**said, **more})
+    (found / "sentence_bert_config.json").rename(found / "sentence_xlm-roberta_config.json")
+    with pytest.raises(UserError, match=r"^m: sentence_xlm-roberta_config\.json"):
+        load_sentences(found, "m")
+
+
+def test_harmless_settings_are_followed(folder: Path, tmp_path: Path) -> None:
+    more = {"model_kwargs": {"torch_dtype": "float32"}, "processor_kwargs": {"model_max_length": 9}}
+    found = changed(folder, tmp_path, "sentence_bert_config.json", lambda said: {**said, **more})
+    assert load_sentences(found, "m").positions == 9
+
+
+def test_d_an_adapter_is_refused(folder: Path, tmp_path: Path) -> None:
+    found = shutil.copytree(folder, tmp_path / "adapted")
+    (found / "adapter_config.json").write_text('{"base_model_name_or_path": "/etc"}')
+    with pytest.raises(UserError, match="m: an adapter"):
+        load_sentences(found, "m")
+
+
+def test_what_other_programs_read_counts_nothing(folder: Path, tmp_path: Path) -> None:
+    found = Folder("m", shutil.copytree(folder, tmp_path / "more"), "disk")
+    digest = found.digest
+    (found.path / "onnx").mkdir()
+    (found.path / "onnx" / "model.safetensors").write_bytes(b"x")
+    assert found.digest == digest
+    (found.path / "2_Dense").rename(found.path / "2_Dense-b_3")
+    assert found.digest == digest
+    names = ["modules.json", "2_Dense-b_3/model.safetensors", "onnx/model.safetensors"]
+    assert wanted(names) == ["2_Dense-b_3/model.safetensors", "modules.json"]
 
 
 def test_a_part_outside_its_folder(folder: Path, tmp_path: Path) -> None:

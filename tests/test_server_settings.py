@@ -88,7 +88,9 @@ def test_nothing_said() -> None:
     here = Settings()
     assert (here.host, here.port, here.max_queue, here.max_models) == ("127.0.0.1", 11434, 512, 3)
     assert (here.keep_alive_ns, here.parallel, here.context) == (300 * SECOND, None, None)
-    assert not any((here.offline, here.remote_images, here.open_bind, here.debug, here.keys, here.origins))
+    assert not any(
+        (here.offline, here.remote_images, here.folders, here.open_bind, here.debug, here.keys, here.origins)
+    )
 
 
 def test_all_said() -> None:
@@ -106,6 +108,7 @@ def test_all_said() -> None:
             "PUMICE_API_KEY": "one,two,one",
             "PUMICE_OFFLINE": "true",
             "PUMICE_REMOTE_IMAGES": "ON",
+            "PUMICE_FOLDERS": "1",
         }
     )
     assert (found.host, found.port) == ("::1", 8)
@@ -116,6 +119,7 @@ def test_all_said() -> None:
     assert not found.prunes
     assert found.offline
     assert found.remote_images
+    assert found.folders
     assert Settings.of({}, Address.of("127.0.0.2:9")) == Settings(host="127.0.0.2", port=9)
 
 

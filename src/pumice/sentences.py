@@ -9,21 +9,27 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
-from pumice.checkpoints.tensors import opened
+from pumice.checkpoints.tensors import WRONG_FILE, opened
 from pumice.embedding import Embeddings
 from pumice.errors import UserError, shortened
 from pumice.picture import ImageLike
 from pumice.room.fitting import Machine, NoRoom
 from pumice.room.memory import shown
+from pumice.store.installed import PART, weights
+from pumice.store.installed import PARTS as MODULES
+from pumice.tokenizer import LibraryErrors
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -31,6 +37,17 @@ if TYPE_CHECKING:
 WITH_WEIGHTS = ("Transformer", "Dense", "LayerNorm", "WeightedLayerPooling")
 PARTS = (*WITH_WEIGHTS, "Pooling", "Normalize", "Dropout")
 """Kinds of a model's parts, as the last word of `type` in its modules.json."""
+WEIGHTS = "model.safetensors"
+_OF_MODELS = frozenset({"dtype", "torch_dtype"})
+_OF_TOKENIZERS = frozenset({"do_lower_case", "model_max_length", "padding_side", "truncation_side", "use_fast"})
+HANDED_ON = MappingProxyType({
+    "model_kwargs": _OF_MODELS, "model_args": _OF_MODELS,
+    "processor_kwargs": _OF_TOKENIZERS, "tokenizer_args": _OF_TOKENIZERS,
+    "config_kwargs": frozenset[str](), "config_args": frozenset[str](),
+})  # fmt: skip
+"""Of a sentence_*_config.json: what may stand in the objects that transformers is given, by their new and old names."""
+MOST_POSITIONS = 1 << 17
+"""Where neither the tokenizer nor the network has a limit."""
 AT_ONCE = 32
 """Texts of one pass."""
 AGAIN = "get the model again, or another one"
@@ -40,8 +57,10 @@ SAID = "an embedding model of sentence-transformers"
 class SentenceModel:
     """What `load_sentences` gives. Any thread may ask; one is answered at a time."""
 
-    def __init__(self, name: str, inner: SentenceTransformer) -> None:
+    def __init__(self, name: str, inner: SentenceTransformer, positions: int) -> None:
+        """positions: tokens of a text that count, those that the tokenizer adds among them."""
         self.name = name
+        self.positions = positions
         self._inner = inner
         self._lock = threading.Lock()
 
@@ -53,11 +72,6 @@ class SentenceModel:
     def bytes(self) -> int:
         """Of its weights."""
         return sum(each.nbytes for each in self._inner.parameters())
-
-    @property
-    def positions(self) -> int:
-        """Tokens of a text that count, those that the tokenizer adds among them."""
-        return int(self._inner.get_max_seq_length() or self._inner.tokenizer.model_max_length)
 
     def embed(self, texts: Sequence[str], *, truncate: bool = False, normalise: bool = True) -> Embeddings:
         """A vector for each text, as `SentenceTransformer.encode` has it, with the prompt that the model puts in front.
@@ -71,7 +85,8 @@ class SentenceModel:
         if not texts:
             return Embeddings(torch.empty(0, self._inner.get_embedding_dimension() or 0), ())
         with self._lock:
-            counts = self._counts(texts)
+            with _in_words(f"{self.name} cannot read these texts"):
+                counts = self._counts(texts)
             longest = max(range(len(texts)), key=counts.__getitem__)
             if counts[longest] > self.positions and not truncate:
                 raise UserError(
@@ -79,9 +94,11 @@ class SentenceModel:
                     f"tokens long; {self.name} has {self.positions} positions",
                     hint="send less at a time, or let it be cut: truncate",
                 )
-            found = self._inner.encode(list(texts), batch_size=AT_ONCE, convert_to_tensor=True, show_progress_bar=False)
-        assert isinstance(found, torch.Tensor)
-        vectors_ND = found.float().cpu()
+            with _in_words(f"{self.name} gives no vectors"):
+                found = self._inner.encode(
+                    list(texts), batch_size=AT_ONCE, convert_to_tensor=True, show_progress_bar=False
+                )
+                vectors_ND = torch.as_tensor(found).float().cpu()
         if not vectors_ND.isfinite().all():
             raise UserError(f"the vectors of {self.name} are not numbers", hint="its weights are damaged")
         tokens = tuple(min(each, self.positions) for each in counts)
@@ -110,7 +127,7 @@ def load_sentences(folder: Path, name: str) -> SentenceModel:
     from pumice.model import chosen_device
 
     device = chosen_device(None)
-    needed = sum(each.stat().st_size for each in folder.rglob("*.safetensors"))
+    needed = sum(each.stat().st_size for each in weights(folder))
     memory = Machine().memory(device)
     if memory is not None and needed > memory.available + memory.swap:
         raise NoRoom(
@@ -125,44 +142,125 @@ def load_sentences(folder: Path, name: str) -> SentenceModel:
         raise UserError(
             f"{name} is {SAID}, which is not installed", hint="pip install 'pumice[embed]', then ask again"
         ) from error
-    try:
+    with _in_words(f"{name} cannot be loaded", (str(folder), name)):
         inner = SentenceTransformer(
             str(folder), device=str(device), local_files_only=True, model_kwargs={"use_safetensors": True}
-        )
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError) as error:
-        said = str(error).replace(str(folder), name).strip().partition("\n")[0]
-        raise UserError(f"{name} cannot be loaded: {said:.200}", hint=AGAIN) from error
-    return SentenceModel(name, inner.eval())
+        ).eval()
+        inner.max_seq_length = positions = _positions(inner)
+        return SentenceModel(name, inner, positions)
+
+
+def _positions(inner: SentenceTransformer) -> int:
+    """What the tokenizer cuts texts to, and no more than the network has places for: some of RoBERTa's are none's."""
+    tables = (
+        each.num_embeddings - (0 if each.padding_idx is None else each.padding_idx + 1)
+        for name, each in inner.named_modules()
+        if name.endswith("position_embeddings") and isinstance(each, torch.nn.Embedding)
+    )
+    said = inner[0].auto_model.config.get_text_config().to_dict().get("max_position_embeddings")
+    found = (inner.get_max_seq_length(), said, *tables, MOST_POSITIONS)
+    return min(each for each in found if isinstance(each, int) and each > 0)
+
+
+@contextmanager
+def _in_words(what: str, private: tuple[str, str] = ("", "")) -> Iterator[None]:
+    """Turns what the libraries raise for a damaged model into a UserError. private: a path, and what stands for it."""
+    from pumice.store.hub import WRONG_CONFIG
+
+    damaged = (
+        OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, AssertionError,
+        ArithmeticError, pickle.UnpicklingError, WRONG_FILE, WRONG_CONFIG,
+    )  # fmt: skip
+    try:
+        with LibraryErrors(AGAIN):
+            yield
+    except UserError as error:
+        raise UserError(f"{what}: {error.message}", hint=error.hint) from error
+    except torch.OutOfMemoryError as error:
+        raise NoRoom(f"{what}: the GPU's memory is full", hint="send less at a time, or free some of it") from error
+    except damaged as error:
+        said = str(error).replace(*private).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"{what}: {said:.200}", hint=AGAIN) from error
 
 
 def _check(folder: Path, name: str) -> None:
     """Its parts, before anything of it is loaded."""
     try:
-        said = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        said = json.loads((folder / MODULES).read_text(encoding="utf-8"))
         parts = [(str(each["type"]), str(each["path"])) for each in said]
     except (OSError, ValueError, RecursionError, TypeError, KeyError) as error:
-        raise UserError(f"{name} has no modules.json that can be read", hint=AGAIN) from error
+        raise UserError(f"{name} has no {MODULES} that can be read", hint=AGAIN) from error
     for kind, path in parts:
         package, _, last = kind.rpartition(".")
         if package.partition(".")[0] != "sentence_transformers" or last not in PARTS:
             raise UserError(
                 f"{name} has a part of the kind {shortened(kind)}", hint=f"pumice runs these: {', '.join(PARTS)}"
             )
-        place = folder / path
-        if path and not re.fullmatch(r"[A-Za-z0-9_-]+", path):
+        if path and not re.fullmatch(PART, f"{path}/"):
             raise UserError(f"{name} has a part that lies outside its folder: {shortened(path)}", hint=AGAIN)
-        weights = sorted(place.glob("*.safetensors"))
-        if last in WITH_WEIGHTS and not weights:
+        try:
+            _check_part(folder / path, last)
+        except UserError as error:
+            said = error.message.replace(f"{(folder / path).resolve()}/", "").replace(f"{folder / path}/", "")
+            raise UserError(f"{name}: {said} in {shortened(path or '.')}", hint=error.hint) from error
+        except OSError as error:
+            raise UserError(f"{name} cannot be read: {error.strerror}", hint=AGAIN) from error
+
+
+def _check_part(place: Path, kind: str) -> None:
+    if (place / "adapter_config.json").exists():
+        raise UserError("an adapter, which pumice does not apply,", hint="merge it into its model, or take another one")
+    for each in sorted(place.glob("sentence_*_config.json")):
+        _check_settings(each)
+    if kind not in WITH_WEIGHTS:
+        return
+    index = place / f"{WEIGHTS}.index.json"
+    if not ((place / WEIGHTS).is_file() or (kind == "Transformer" and index.is_file())):
+        raise UserError(
+            "no weights as safetensors", hint="pumice reads no pickles of embedding models; take a newer build of it"
+        )
+    if index.is_file():
+        files = _object(index).get("weight_map")
+        names = set(files.values()) if isinstance(files, dict) and all(map(_is_text, files.values())) else {""}
+        if not all(re.fullmatch(r"[^/\\]+\.safetensors", each) and (place / each).is_file() for each in names):
+            raise UserError(f"{index.name} names files that are not safetensors here", hint=AGAIN)
+    for each in sorted(place.glob("*.safetensors")):
+        try:
+            opened(each.resolve())  # the Hub's cache is made of links
+        except UserError as error:
+            raise UserError(error.message.replace(str(each.resolve()), each.name), hint=error.hint) from error
+
+
+def _check_settings(path: Path) -> None:
+    """What it hands on to transformers: other code, files from elsewhere and pickles can be asked for there."""
+    said = _object(path)
+    if "tokenizer_name_or_path" in said:
+        raise UserError(f"{path.name} names a tokenizer from elsewhere", hint=AGAIN)
+    for key, allowed in HANDED_ON.items():
+        given = said.get(key) or {}
+        if not isinstance(given, dict) or not given.keys() <= allowed or any(map(_is_nested, given.values())):
             raise UserError(
-                f"{name} has no weights as safetensors in {shortened(path or '.')}",
-                hint="pumice reads no pickles of embedding models; take a newer build of it",
+                f"{path.name} has settings in {key} that pumice does not know",
+                hint=f"these are known: {', '.join(sorted(allowed)) or 'none'}",
             )
-        for each in weights:
-            try:
-                opened(each.resolve())  # the Hub's cache is made of links
-            except UserError as error:
-                said = error.message.replace(str(each.resolve()), each.name)
-                raise UserError(f"{name}: {said}", hint=error.hint) from error
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path.name} cannot be read", hint=AGAIN) from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path.name} is no object", hint=AGAIN)
+    return found
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_nested(value: object) -> bool:
+    return isinstance(value, dict | list)
 
 
 def _is_unicode(text: str) -> bool:

@@ -278,7 +278,7 @@ class Tokenizer:
     def _tokenised(self, section: _Section, prefix: str) -> tuple[list[int], list[bool]]:
         """A token is learned when its first character is; a space mark put in front belongs to the first one."""
         try:
-            with _LibraryErrors("get tokenizer.json again from where the model came"):
+            with LibraryErrors("get tokenizer.json again from where the model came"):
                 found = self._text.encode(prefix + section.text, add_special_tokens=False)
         except (TypeError, UnicodeEncodeError) as problem:
             raise UserError(
@@ -319,7 +319,7 @@ def _library(text: str, spec: Mapping[str, Any]) -> tokenizers.Tokenizer:
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
             raise UserError(f"the tokenizer.json has a {name}, which pumice does not support", hint=hint)
-    with _LibraryErrors(hint):
+    with LibraryErrors(hint):
         library = tokenizers.Tokenizer.from_str(text)
     library.no_padding()
     library.no_truncation()
@@ -349,7 +349,7 @@ def _refuse_lost_merges(model: Mapping[str, Any], hint: str) -> None:
             raise UserError(f"the tokenizer.json joins {pair}, which gives no token of its vocabulary", hint=hint)
 
 
-class _LibraryErrors:
+class LibraryErrors:
     """Turns the library's errors into a UserError: they are of class Exception itself, which nothing else here raises,
     and where its code did not expect the file, of a class that it exports under no name."""
 

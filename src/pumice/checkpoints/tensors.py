@@ -26,6 +26,9 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_TENSORS = 20_000
 """Several times the tensors of the largest LLaVA (80 layers: about 1 400)."""
 
+WRONG_FILE = SafetensorError
+"""What the library raises for a file that it cannot read."""
+
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -18,6 +19,8 @@ LONG = 1 << 20
 MOST_VALUES = 2_000_000
 """Commas and opening brackets of a request, in texts too: each is a value, which takes a hundred bytes and keeps Python
 from doing anything else while it is made. The longest conversation has a thousandth of it."""
+_ALONE = threading.Lock()
+"""Held while a long request is read: who else turned the collector off meanwhile could leave it off."""
 
 
 class Budget:
@@ -57,10 +60,11 @@ def _long(body: bytearray, struct: str) -> Fields:
     values = sum(body.count(each) for each in b",[{")
     if values > MOST_VALUES:
         raise Refused(400, f"the request has {values} values; {MOST_VALUES} are read at most")
-    collects = gc.isenabled()
-    gc.disable()  # which would walk all values again and again while they come, and nothing else runs meanwhile
-    try:
-        return Fields.read(body, struct)
-    finally:
-        if collects:
-            gc.enable()
+    with _ALONE:
+        collects = gc.isenabled()
+        gc.disable()  # which would walk all values again and again while they come, and nothing else runs meanwhile
+        try:
+            return Fields.read(body, struct)
+        finally:
+            if collects:
+                gc.enable()

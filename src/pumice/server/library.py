@@ -18,7 +18,7 @@ from pumice import store
 from pumice.errors import UserError
 from pumice.server.bodies import read
 from pumice.server.documents import body
-from pumice.server.loaded import Loaded
+from pumice.server.loaded import Loaded, listed
 from pumice.server.residents import Residents, named
 from pumice.server.settings import Address, Settings
 from pumice.server.streams import status_of, unless_gone
@@ -59,8 +59,8 @@ def routes(residents: Residents, settings: Settings) -> APIRouter:
     @router.head("/api/tags", include_in_schema=False)
     async def tags() -> Response:
         """The models on this machine, the newest first."""
-        shelf = await asyncio.to_thread(store.installed)
-        return Json({"models": [listed(each) for each in shelf.models]})
+        models = await asyncio.to_thread(lambda: [listed(each) for each in store.installed().models])
+        return Json({"models": models})
 
     @router.get("/api/ps")
     async def loaded() -> Response:
@@ -227,19 +227,6 @@ def _progress(step: Progress) -> dict[str, Any]:
     return {"status": step.status, **{name: value for name, value in told.items() if value}}
 
 
-def listed(model: Installed) -> dict[str, Any]:
-    """A model as Ollama's lists have it."""
-    return {
-        "name": model.title,
-        "model": model.title,
-        "modified_at": timestamp(model.modified_s),
-        "size": model.size,
-        "digest": model.digest,
-        "details": details(model),
-        "capabilities": list(facts.capabilities(model)),
-    }
-
-
 def details(model: Installed) -> dict[str, Any]:
     return asdict(facts.details(model))
 
@@ -267,10 +254,8 @@ def shown(model: Installed, verbose: bool) -> dict[str, Any]:
 
 
 def _resident(resident: Loaded) -> dict[str, Any]:
-    entry = listed(resident.installed)
-    del entry["modified_at"]
     return {
-        **entry,
+        **{key: value for key, value in resident.told.items() if key != "modified_at"},
         "size": resident.bytes,
         "expires_at": timestamp(min(resident.expires_s, time.time() + FOREVER_S)),
         "size_vram": resident.bytes if resident.device.type == "cuda" else 0,

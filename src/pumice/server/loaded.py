@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pumice.durations import SECOND_NS
 from pumice.server.asked import Contexts, window_of
-from pumice.store import Installed
+from pumice.server.wire import timestamp
+from pumice.store import Installed, facts
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +26,8 @@ class Resident:
     """A model that answers, and the thread that runs its engine."""
 
     installed: Installed
+    told: Mapping[str, Any]
+    """As `listed` has it, of when it was loaded."""
     model: Model
     worker: Worker
     keep_ns: int
@@ -44,7 +48,7 @@ class Resident:
     @property
     def bytes(self) -> int:
         """Weights, and the cache for keys and values."""
-        return self.installed.size + self.model.engine.cache_bytes
+        return int(self.told["size"]) + self.model.engine.cache_bytes
 
     @property
     def device(self) -> torch.device:
@@ -82,15 +86,18 @@ class Resident:
 class Embedder:
     """A model that gives vectors and no answers."""
 
+    alive: ClassVar[bool] = True
+    silent_s: ClassVar[float] = 0.0
+    cache_share: ClassVar[float] = 0.0
+
     installed: Installed
+    told: Mapping[str, Any]
+    """As `Resident.told`."""
     model: SentenceModel
     keep_ns: int
     turn: asyncio.Semaphore
     users: int = 0
     ended_s: float = field(default_factory=time.time)
-    alive: bool = True
-    silent_s: float = 0.0
-    cache_share: float = 0.0
 
     @property
     def expires_s(self) -> float:
@@ -121,6 +128,19 @@ class Embedder:
 
 
 Loaded = Resident | Embedder
+
+
+def listed(model: Installed) -> dict[str, Any]:
+    """A model as Ollama's lists have it. Reads files, and where a folder has no commit all of its weights."""
+    return {
+        "name": model.title,
+        "model": model.title,
+        "modified_at": timestamp(model.modified_s),
+        "size": model.size,
+        "digest": model.digest,
+        "details": asdict(facts.details(model)),
+        "capabilities": list(facts.capabilities(model)),
+    }
 
 
 def _expires_s(loaded: Loaded) -> float:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from pumice import store
 from pumice.durations import FOREVER_NS
 from pumice.errors import UserError
 from pumice.room.memory import host
-from pumice.server.loaded import Embedder, Loaded, Resident
+from pumice.server.loaded import Embedder, Loaded, Resident, listed
 from pumice.server.metrics import Metrics, Standing
-from pumice.server.settings import Address, Settings
+from pumice.server.settings import Settings
 from pumice.server.wire import Refused
 from pumice.store import Installed, Stored, embedders
 
@@ -69,15 +69,16 @@ class Residents:
         a model, UserError for a model that cannot be loaded.
         """
         if embedders.embeds(installed):
-            raise Refused(400, f'"{name}" does not support {to}: it is an embedding model')
+            raise _only_vectors(name, to)
         async with self._held(installed, keep_ns) as loaded:
-            assert isinstance(loaded, Resident), "a model that answers was not loaded as one"
+            if isinstance(loaded, Embedder):  # its folder became another model's since
+                raise _only_vectors(name, to)
             yield loaded
 
     @asynccontextmanager
     async def use_for_vectors(self, name: str, keep_ns: int | None = None) -> AsyncIterator[Loaded]:
-        """Any model, as `use`; also an embedding model by its folder, for who sits at this machine."""
-        here = embedders.at(name) if Address(host=self._settings.host).is_loopback else None
+        """Any model, as `use`; also an embedding model by its folder, where the settings allow it."""
+        here = await asyncio.to_thread(embedders.at, name) if self._settings.folders else None
         async with self._held(here or named(name), keep_ns) as loaded:
             yield loaded
 
@@ -150,10 +151,26 @@ class Residents:
     async def read(self, work: Callable[[], T], *, slow: bool = False) -> T:
         """Do what takes time in a thread; what is slow keeps no question waiting. Raises what it raises, Refused where
         memory runs out."""
-        try:
+        with _memory():
             return await self._in(self._others if slow else self._readers, work)
-        except MemoryError:
-            raise Refused(503, "there is not enough memory for this request; send fewer or smaller images") from None
+
+    async def compute(self, work: Callable[[], T]) -> T:
+        """As `read` of what is slow, for what uses a model: nothing stops work that has begun, so a cancellation counts
+        when it has ended, and what is held for it stays held."""
+        queued = self._others.submit(work)
+        ended, stopped = asyncio.wrap_future(queued), None
+        while not ended.done():
+            try:
+                await asyncio.wait((ended,))
+            except asyncio.CancelledError as error:
+                queued.cancel()
+                stopped = error
+        with _memory():
+            if stopped is None:
+                return ended.result()
+        if not ended.cancelled():
+            ended.exception()  # nobody is there to be told
+        raise stopped
 
     async def _in(self, executor: ThreadPoolExecutor, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(executor, work)
@@ -198,11 +215,12 @@ class Residents:
     async def _made(self, installed: Installed) -> Loaded:
         settings = self._settings
         if embedders.embeds(installed):
-            vectors = await self._in(self._loader, lambda: _load_embedder(installed))
-            return Embedder(installed, vectors, settings.keep_alive_ns, asyncio.Semaphore(1))
+            vectors, told = await self._in(self._loader, lambda: (_load_embedder(installed), listed(installed)))
+            return Embedder(installed, told, vectors, settings.keep_alive_ns, asyncio.Semaphore(1))
+        told = await self._in(self._loader, lambda: listed(installed))
         model, worker = await self._in(self._loader, lambda: _load(installed.title, settings))
         turn = asyncio.Semaphore(settings.parallel or ROWS)
-        return Resident(installed, model, worker, settings.keep_alive_ns, turn, settings.context)
+        return Resident(installed, told, model, worker, settings.keep_alive_ns, turn, settings.context)
 
     async def _let_one_go(self) -> None:
         """The model that was asked longest ago and is idle; or wait until there is one."""
@@ -223,6 +241,18 @@ def named(name: str) -> Installed:
     if found is None:
         raise Refused(404, f"model '{name}' not found")
     return found
+
+
+@contextmanager
+def _memory() -> Iterator[None]:
+    try:
+        yield
+    except MemoryError:
+        raise Refused(503, "there is not enough memory for this request; send fewer or smaller images") from None
+
+
+def _only_vectors(name: str, to: str) -> Refused:
+    return Refused(400, f'"{name}" does not support {to}: it is an embedding model')
 
 
 def _is_scarce() -> bool:

@@ -93,6 +93,8 @@ class Settings:
     """No connection leaves this machine."""
     remote_images: bool = False
     """Pictures may be named by http(s) URL, which this machine then fetches."""
+    folders: bool = False
+    """Embedding models may be named by the whole path of their folder on this machine, by whoever may ask."""
     open_bind: bool = False
     """The explicit word: everybody who reaches the address may use it, without a key."""
     max_body_bytes: int = 64 * MIB
@@ -124,7 +126,8 @@ class Settings:
 
         Ollama's: OLLAMA_HOST, OLLAMA_ORIGINS, OLLAMA_KEEP_ALIVE, OLLAMA_NUM_PARALLEL, OLLAMA_CONTEXT_LENGTH,
         OLLAMA_MAX_QUEUE, OLLAMA_MAX_LOADED_MODELS, OLLAMA_NOPRUNE, OLLAMA_DEBUG. Own: PUMICE_API_KEY (several with
-        commas), PUMICE_API_KEY_FILE (one a line), PUMICE_OFFLINE, PUMICE_REMOTE_IMAGES, PUMICE_OPEN_BIND.
+        commas), PUMICE_API_KEY_FILE (one a line), PUMICE_OFFLINE, PUMICE_REMOTE_IMAGES, PUMICE_FOLDERS,
+        PUMICE_OPEN_BIND.
         """
         said = {name: _bare(value) for name, value in environment.items()}
         address = address or Address.of(said.get("OLLAMA_HOST", ""))
@@ -142,6 +145,7 @@ class Settings:
             prunes=not _go_flag(said, "OLLAMA_NOPRUNE"),
             offline=_flag(said, "PUMICE_OFFLINE"),
             remote_images=_flag(said, "PUMICE_REMOTE_IMAGES"),
+            folders=_flag(said, "PUMICE_FOLDERS"),
             open_bind=_flag(said, "PUMICE_OPEN_BIND"),
         )
 

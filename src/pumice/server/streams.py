@@ -43,8 +43,10 @@ async def unless_gone(request: Request, work: Coroutine[None, None, T]) -> T:
     finally:
         for each in (working, gone):
             each.cancel()
+        await asyncio.wait((working, gone))
+        for each in (working, gone):
             with suppress(asyncio.CancelledError, UserError, Refused):
-                await each
+                each.result()
 
 
 async def _gone(request: Request) -> None:

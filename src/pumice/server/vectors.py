@@ -109,7 +109,7 @@ async def _found(residents: Residents, request: Request, fields: Fields, wanted:
     async def whole() -> Found:
         async with residents.use_for_vectors(required(fields), keep_ns) as resident, resident.turn:
             loaded_s, model = time.monotonic() - began_s, resident.model
-            texts, tokens = await residents.read(lambda: wanted.of(model), slow=True)
+            texts, tokens = await residents.compute(lambda: wanted.of(model))
             said = {"texts": SAID} if isinstance(resident, Embedder) else LLAVAS
             return Found(texts, sum(tokens), loaded_s, said)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from pumice.errors import UserError, nearest, shortened
 from pumice.store import embedders, hub_cache
-from pumice.store.installed import Folder, Installed, Stored
+from pumice.store.installed import PARTS, Folder, Installed, Stored
 from pumice.store.names import Name
 from pumice.store.places import hub_folder, ollama_stores, own_store
 
@@ -97,7 +97,7 @@ def read(name: str | Path, *, beside: Sequence[str | Path] = (), template: str |
     from pumice import checkpoints
 
     found = files(name)
-    if os.path.isfile(found.path / hub_cache.PARTS):
+    if os.path.isfile(found.path / PARTS):
         raise UserError(
             f"{found.title} is an embedding model, which gives vectors and answers nothing",
             hint="ask a server for them: pumice serve, then POST /api/embed",

@@ -37,7 +37,8 @@ def embeds(model: Installed) -> bool:
     """Does it give vectors, and no answers?"""
     if isinstance(model, Folder):
         return model.embeds
-    return model.config.get("model_family") in FAMILIES
+    family = model.config.get("model_family")
+    return isinstance(family, str) and family in FAMILIES
 
 
 def at(text: str) -> Folder | None:

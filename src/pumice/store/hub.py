@@ -21,15 +21,20 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    StrictDataclassError,
 )
 from huggingface_hub.utils.tqdm import disable_progress_bars, tqdm
 
 from pumice.errors import UserError, shortened
 from pumice.store.download import TOLD_EVERY_S, on_disk
-from pumice.store.hub_cache import PARTS, PICKLES, WORDS, wanted
+from pumice.store.hub_cache import PICKLES, WORDS, wanted
+from pumice.store.installed import PARTS
 from pumice.store.link import Unreachable
 from pumice.store.registry import Missing
 from pumice.store.transfer import Progress
+
+WRONG_CONFIG = StrictDataclassError
+"""What the library raises for a config.json whose values are of another kind; transformers reads with it."""
 
 
 class _Stopped(Exception):

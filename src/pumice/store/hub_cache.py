@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pumice.errors import UserError
 from pumice.store.blobs import open_regular
-from pumice.store.installed import Folder
+from pumice.store.installed import PART, PARTS, Folder
 from pumice.store.names import HOST, TAG, Name
 
 HOSTS = (HOST, "hf.co", "huggingface.co")
@@ -29,9 +29,7 @@ WHOLE = "pytorch_model"
 PICKLES = (WHOLE, "adapter_model", "mm_projector", "non_lora_trainables")
 """How the names of those pickles begin that are read where they must be."""
 
-PARTS = "modules.json"
-"""Names the parts of a model of sentence-transformers, most of which lie in folders: `1_Pooling`, `2_Dense`."""
-_PART = re.compile(r"([0-9]+_[A-Za-z]+/)?[^/]*(\.safetensors|\.json|\.jinja|\.model|vocab\.txt|merges\.txt)")
+_FILE = re.compile(rf"({PART})?[^/]*(\.safetensors|\.json|\.jinja|\.model|vocab\.txt|merges\.txt)")
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -55,7 +53,7 @@ def wanted(names: Sequence[str]) -> list[str]:
     """Of the files of a repository those that pumice reads: none in folders but the parts of an embedding model, no
     pickle beside its safetensors."""
     if PARTS in names:
-        return sorted(each for each in names if _PART.fullmatch(each))
+        return sorted(each for each in names if _FILE.fullmatch(each))
     here = [each for each in names if "/" not in each]
     safe = {each.partition(".")[0].partition("-0")[0] for each in here if each.endswith(".safetensors")}
     pickles = tuple(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,6 +19,11 @@ from pumice.store.names import Name
 
 Place = Literal["pumice", "Ollama", "Hub", "package", "disk"]
 """Whose a model is: only those of `pumice` are changed."""
+
+PARTS = "modules.json"
+"""Names the parts of a model of sentence-transformers."""
+PART = r"[0-9]+_[A-Za-z0-9_-]+/"
+"""A folder of such a part: `1_Pooling`, `2_Dense`. Others are there for other programs: `onnx`, `openvino`."""
 
 MAX_TEXT_BYTES = SMALL_BYTES
 """Of one template, licence, config: many times the longest."""
@@ -144,15 +150,14 @@ class Folder:
     @property
     def embeds(self) -> bool:
         """Is it a model of sentence-transformers, which gives vectors and no answers?"""
-        return (self.path / "modules.json").is_file()
+        return (self.path / PARTS).is_file()
 
     @property
     def digest(self) -> str:
         """The Hub's commit; for a folder without one, the SHA-256 of its weights."""
         if self.commit is not None:
             return self.commit
-        paths = sorted(self.path.rglob("*.safetensors"))
-        return _told_once(*((path, path.stat().st_mtime_ns) for path in paths))
+        return _told_once(*((path, path.stat().st_mtime_ns) for path in weights(self.path)))
 
     @property
     def size(self) -> int:
@@ -179,6 +184,12 @@ class Folder:
 
 
 Installed = Stored | Folder
+
+
+def weights(folder: Path) -> list[Path]:
+    """Its safetensors files, with those of an embedding model's parts."""
+    inside = (each for each in folder.glob("*/*.safetensors") if re.fullmatch(PART, f"{each.parent.name}/"))
+    return sorted((*folder.glob("*.safetensors"), *inside))
 
 
 @lru_cache(maxsize=16)
