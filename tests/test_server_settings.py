@@ -196,7 +196,7 @@ def test_the_server_is_light(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "spins"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+    ("given", "spins"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
 )
 def test_the_engines_threads_sleep_soon_unless_the_environment_says_otherwise(
     given: dict[str, str], spins: str | None

@@ -19,7 +19,7 @@ from pumice.server.settings import Settings
 
 SWITCH_S = 0.0005
 """How long the engine's Python may keep the event loop from running; Python's own 5 ms would stand in each token."""
-SPINS = 1000
+SPINS = 10_000
 """How often a thread of the engine looks for work before it sleeps: for as long as the gaps within a step. GNU's OpenMP
 looks 300000 times, which is milliseconds, on the core that the event loop, a client or another program needs."""
 BACKLOG = 2048
