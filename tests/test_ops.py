@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -43,6 +44,27 @@ def test_linear(dtype: torch.dtype, rows: int) -> None:
     exact = reference.linear(x.double(), weight.double(), bias.double())
     steps = 4 * torch.finfo(dtype).eps * float(exact.abs().max())
     assert_close(fused.linear(x, weight, bias).double(), exact, atol=steps, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_linear_asks_for_whole_tiles(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each number of rows would be compiled anew, and kept: of a hundred lengths of prompts few reach the product."""
+    asked = set()
+    product = F.linear
+
+    def watched(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        asked.add(x.shape[:-1].numel())
+        return product(x, weight, bias)
+
+    weight, bias = drawn(48, 64, seed=1).to(dtype), drawn(48, seed=2).to(dtype)
+    monkeypatch.setattr(fused, "_has_native_16bit", lambda dtype: True)
+    monkeypatch.setattr(F, "linear", watched)
+    for rows in range(101):
+        x = drawn(2, rows, 64).to(dtype)
+        exact = reference.linear(x.double(), weight.double(), bias.double())
+        steps = 4 * torch.finfo(dtype).eps * float(exact.abs().max()) if rows else 0.0
+        assert_close(fused.linear(x, weight, bias).double(), exact, atol=steps, rtol=0)
+    assert asked == {0, *range(16, 209, 16)}
 
 
 def test_rms_norm_by_hand() -> None:

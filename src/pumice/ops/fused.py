@@ -13,6 +13,9 @@ from torch import Tensor
 
 # From this many rows on, widening a 16-bit weight to float32 costs less than the slow product it avoids.
 WIDEN_ROWS = 32
+ROWS_A_TILE = 16
+"""oneDNN compiles a product of 16-bit types anew for each number of rows (.5 to 4 MB and ten times the time of a small
+product), and then computes whole tiles of so many: whole tiles are what it is asked for."""
 
 
 @functools.cache
@@ -24,10 +27,16 @@ def _has_native_16bit(dtype: torch.dtype) -> bool:
 
 
 def linear(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
-    """`reference.linear`; many rows of a 16-bit type that the CPU lacks are multiplied in float32."""
+    """`reference.linear`; rows of a 16-bit type come in whole tiles where the CPU has products of it, and many of them
+    are multiplied in float32 where it has none."""
+    if x_TD.dtype not in (torch.bfloat16, torch.float16) or x_TD.device.type != "cpu":
+        return F.linear(x_TD, weight_FD, bias_F)
     rows = x_TD.numel() // x_TD.shape[-1]
-    narrow = x_TD.dtype in (torch.bfloat16, torch.float16) and x_TD.device.type == "cpu"
-    if narrow and rows >= WIDEN_ROWS and not _has_native_16bit(x_TD.dtype):
+    if _has_native_16bit(x_TD.dtype):
+        if rows > 1 and (missing := -rows % ROWS_A_TILE):
+            tiles_TD = F.pad(x_TD.reshape(rows, -1), (0, 0, 0, missing))
+            return F.linear(tiles_TD, weight_FD, bias_F)[:rows].view(*x_TD.shape[:-1], -1)
+    elif rows >= WIDEN_ROWS:
         bias = None if bias_F is None else bias_F.float()
         return F.linear(x_TD.float(), weight_FD.float(), bias).to(x_TD.dtype)
     return F.linear(x_TD, weight_FD, bias_F)
