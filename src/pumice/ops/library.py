@@ -1,7 +1,7 @@
 """The C interface of ops/native (abi.h), described to ctypes, and the library behind it.
 
 The library is loaded after torch, so that both run on the threads of one OpenMP. `PUMICE_CPU` names an instruction set
-(portable, avx2, avx512) to use instead of the best one that this CPU has.
+(portable, avx2, avx512, amx) to use instead of the best one that this CPU has.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch  # loaded first, for its OpenMP
 from pumice.errors import UserError, nearest
 
 LIBRARY = "libpumice_cpu.so"
-INSTRUCTION_SETS = {"portable": 0, "avx2": 1, "avx512": 2}
+INSTRUCTION_SETS = {"portable": 0, "avx2": 1, "avx512": 2, "amx": 3}
 
 
 class CMatrix(ctypes.Structure):
@@ -101,7 +101,6 @@ class CPass(ctypes.Structure):
 
 _SIGNATURES: dict[str, tuple[type | None, Sequence[type]]] = {
     "pumice_best_isa": (c_int32, ()),
-    "pumice_bf16_tiles": (c_int32, ()),
     "pumice_scratch_bytes": (c_int64, (c_int32, c_int64, c_int64, c_int32)),
     "pumice_matmul": (
         None,
@@ -165,5 +164,4 @@ def instruction_set() -> int:
 def bf16_tiles() -> bool:
     """Whether PyTorch multiplies bfloat16 in tiles here (AMX), several times faster than the kernels multiply bytes.
     Raises UserError as `instruction_set` does."""
-    widest = instruction_set() == max(INSTRUCTION_SETS.values())
-    return widest and bool(library().pumice_bf16_tiles()) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return instruction_set() == INSTRUCTION_SETS["amx"] and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -76,4 +76,4 @@ struct Pass {
 };
 
 // How the instruction sets are numbered.
-enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
+enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AMX = 3 };

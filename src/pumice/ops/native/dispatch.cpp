@@ -1,13 +1,17 @@
 // The exported functions: each runs the kernels of the instruction set that it is told.
 #include "isa.h"
 
-#ifdef PUMICE_X86
-#include <cpuid.h>
+#ifdef PUMICE_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace {
 
 const Kernels& kernels(int32_t isa) {
+#ifdef PUMICE_AMX
+    if (isa == AMX) return AMX_KERNELS;
+#endif
 #ifdef PUMICE_X86
     if (isa == AVX512) return AVX512_KERNELS;
     if (isa == AVX2) return AVX2_KERNELS;
@@ -16,9 +20,23 @@ const Kernels& kernels(int32_t isa) {
     return PORTABLE_KERNELS;
 }
 
+#ifdef PUMICE_X86
+// Whether the CPU multiplies tiles of bfloat16, and Linux keeps their registers for the threads of this process: they are
+// many bytes, so it does that for those only that ask (Documentation/arch/x86/xstate.rst).
+bool has_tiles() {
+#ifdef PUMICE_AMX
+    constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+    return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("avx512bf16") &&
+           syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+    return false;
+#endif
+}
+#endif
+
 }  // namespace
 
-// The best instruction set of this CPU that there are kernels for.
+// The best instruction set of this CPU that there are kernels for. Asks Linux for tile registers, for this process.
 PUMICE_EXPORT int32_t pumice_best_isa() {
 #ifdef PUMICE_X86
     __builtin_cpu_init();
@@ -26,25 +44,11 @@ PUMICE_EXPORT int32_t pumice_best_isa() {
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512vnni");
+    if (avx2 && avx512 && has_tiles()) return AMX;
     if (avx2 && avx512) return AVX512;
     if (avx2) return AVX2;
 #endif
     return PORTABLE;
-}
-
-// Whether the CPU multiplies tiles of bfloat16 (AMX), and the system keeps their registers for each process.
-PUMICE_EXPORT int32_t pumice_bf16_tiles() {
-#ifdef PUMICE_X86
-    constexpr uint32_t AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24, OSXSAVE = 1u << 27, TILES_KEPT = 3u << 17;
-    uint32_t a, b, c, d;
-    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & OSXSAVE)) return 0;
-    uint32_t kept, upper;
-    __asm__ volatile("xgetbv" : "=a"(kept), "=d"(upper) : "c"(0));
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
-    return (d & AMX_BF16) && (d & AMX_TILE) && (kept & TILES_KEPT) == TILES_KEPT;
-#else
-    return 0;
-#endif
 }
 
 PUMICE_EXPORT int64_t pumice_scratch_bytes(int32_t isa, int64_t m, int64_t k, int32_t threads) {

@@ -7,6 +7,8 @@ constexpr int CHUNK = 256;
 
 // Panels that meet a tile of activations one after the other, while it is in the first cache (panel.inl).
 constexpr int TOGETHER = 2;
+// The same where activations are tiles of bfloat16, which come from further away (tiles_amx.inl).
+constexpr int TILED_TOGETHER = 4;
 
 // Formats with a floating scale for each 32 weights: weight = scale * level + offset.
 struct FloatScales {

@@ -19,3 +19,6 @@ extern const Kernels PORTABLE_KERNELS;
 #ifdef PUMICE_X86
 extern const Kernels AVX2_KERNELS, AVX512_KERNELS;
 #endif
+#ifdef PUMICE_AMX
+extern const Kernels AMX_KERNELS;
+#endif

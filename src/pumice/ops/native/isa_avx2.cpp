@@ -11,6 +11,7 @@
 namespace avx2 {
 // Of a row of activations in blocks of 32, the first halves of so many lie side by side, then their second halves.
 constexpr int SIDE_BY_SIDE = 2;
+constexpr int TILED_ROWS = 0;
 #include "formats.inl"
 #include "vector_avx2.inl"
 #include "levels_avx2.inl"

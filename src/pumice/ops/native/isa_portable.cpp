@@ -10,6 +10,7 @@
 namespace portable {
 // Of a row of activations in blocks of 32, the first halves of so many lie side by side, then their second halves.
 constexpr int SIDE_BY_SIDE = 1;
+constexpr int TILED_ROWS = 0;
 #include "formats.inl"
 #include "halves_portable.inl"
 #include "vector_portable.inl"

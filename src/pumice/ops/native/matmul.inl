@@ -1,7 +1,7 @@
 // y = x Wᵀ for matrices in blocks that share their input, from the blocks as the file holds them.
 //
-// Few rows of activations: each row of weights is read once, in place, and multiplied with all of them. Many: see
-// panel.inl.
+// Few rows of activations: each row of weights is read once, in place, and multiplied with all of them. More: see
+// panel.inl. TILED_ROWS and more, where the set has tiles: see tiles_amx.inl.
 
 // Up to so many rows of activations a panel costs more to make than it saves.
 constexpr int FEW_ROWS = 4;
@@ -32,8 +32,12 @@ template <Format F> void few(const Matrix& w, const Activations& x, int64_t firs
 }
 
 template <Format F> void panels(const Matrix& w, const Activations& x, int64_t first, int64_t last, float* c);
+template <Format F> void tiles(const Matrix& w, const Activations& x, int64_t first, int64_t last, float* c);
+inline void put_in_tiles(const Activations& x, int64_t chunk, int64_t r, const float* from);
 
 template <Format F> void part(const Matrix& w, const Activations& x, int64_t first, int64_t last, float* c) {
+    if constexpr (TILED_ROWS > 0)
+        if (x.layout == BFLOATS) return tiles<F>(w, x, first, last, c);
     if constexpr (PANEL > 1)
         if (x.tile_rows > 0) return panels<F>(w, x, first, last, c);
     few<F>(w, x, first, last);
@@ -55,36 +59,60 @@ inline void part_of(const Matrix& w, const Activations& x, int64_t first, int64_
     }
 }
 
-inline Layout layout_of(int32_t format, bool many) {
-    if (many) return layout_of_many(format);
+inline bool are_many(int64_t m) { return PANEL > 1 && m > FEW_ROWS; }
+inline bool are_tiled(int64_t m) { return TILED_ROWS > 0 && m >= TILED_ROWS; }
+
+// How a matrix of the format wants m rows of activations.
+inline Layout layout_of(int32_t format, int64_t m) {
+    if (are_tiled(m)) return BFLOATS;
+    if (are_many(m)) return layout_of_many(format);
     return format >= Q2_K && format <= Q6_K ? BY_256 : BY_32;
 }
 
 inline int64_t in_lines(int64_t bytes) { return (bytes + 63) & ~int64_t(63); }
 
+// So many sums a thread keeps.
+inline int64_t sums_of(int64_t m) { return (are_tiled(m) ? rows_in_tiles(m) * TILED_TOGETHER : m * TOGETHER) * PANEL; }
+
 // The bytes that `matmul` needs beside its arguments; those of layouts that no matrix wants are never touched.
 inline int64_t scratch_bytes(int64_t m, int64_t k, int threads) {
-    int64_t bytes = 64 + threads * m * TOGETHER * PANEL * 4;
+    int64_t bytes = 64 + threads * sums_of(m) * 4;
     for (int layout = 0; layout < LAYOUTS; layout++) bytes += in_lines(Activations::bytes(m, k, Layout(layout)));
     return bytes;
+}
+
+// So many rows of weights a thread takes at a time, of all these: not so many that some threads get none.
+inline int64_t span_of(int64_t m, int64_t rows, int threads) {
+    if (!are_many(m)) return SPAN;
+    int64_t panels = are_tiled(m) ? TILED_TOGETHER : m > ALONE ? TOGETHER : 1;
+    while (panels > 1 && rows < 4 * threads * panels * PANEL) panels /= 2;
+    return panels * PANEL;
+}
+
+// A chunk of one row of activations, as its layout has it.
+inline void put(const Activations& x, int64_t chunk, int64_t r, const float* from) {
+    if constexpr (TILED_ROWS > 0)
+        if (x.layout == BFLOATS) return put_in_tiles(x, chunk, r, from);
+    x.fill(chunk, r, from);
 }
 
 // Called from outside any parallel region. Each matrix is (rows, k) and multiplies the same x, (m, k), x_stride apart.
 inline void matmul(const Matrix* matrices, int count, const float* x, int64_t x_stride, int64_t m, int64_t k, int threads,
                    uint8_t* scratch) {
-    const bool many = PANEL > 1 && m > FEW_ROWS;
+    const bool many = are_many(m);
     uint8_t* at = (uint8_t*)in_lines(int64_t(uintptr_t(scratch)));
     const auto next_part = [&](Layout layout) {
         const Activations part(m, k, layout, many ? tile_rows_of(layout) : 0, at);
         at += in_lines(Activations::bytes(m, k, layout));
         return part;
     };
-    const Activations as[LAYOUTS] = {next_part(BY_32), next_part(BY_256), next_part(SHIFTED), next_part(WIDE)};
+    const Activations as[LAYOUTS] = {next_part(BY_32), next_part(BY_256), next_part(SHIFTED), next_part(WIDE), next_part(BFLOATS)};
     float* sums = (float*)at;
     bool wanted[LAYOUTS] = {};
-    for (int i = 0; i < count; i++) wanted[layout_of(matrices[i].format, many)] = true;
-    const int64_t step = !many ? SPAN : m > ALONE ? TOGETHER * PANEL : PANEL;
-    int64_t next = 0, spans = 0;
+    for (int i = 0; i < count; i++) wanted[layout_of(matrices[i].format, m)] = true;
+    int64_t next = 0, spans = 0, rows = 0;
+    for (int i = 0; i < count; i++) rows += matrices[i].rows;
+    const int64_t step = span_of(m, rows, threads);
     for (int i = 0; i < count; i++) spans += (matrices[i].rows + step - 1) / step;
 #pragma omp parallel num_threads(threads)
     {
@@ -93,9 +121,9 @@ inline void matmul(const Matrix* matrices, int count, const float* x, int64_t x_
         for (int64_t cell = 0; cell < cells; cell++) {
             const int64_t chunk = cell % chunks, r = cell / chunks;
             for (int layout = 0; layout < LAYOUTS; layout++)
-                if (wanted[layout]) as[layout].fill(chunk, r, x + r * x_stride + chunk * CHUNK);
+                if (wanted[layout]) put(as[layout], chunk, r, x + r * x_stride + chunk * CHUNK);
         }
-        float* c = sums + int64_t(omp_get_thread_num()) * m * TOGETHER * PANEL;
+        float* c = sums + omp_get_thread_num() * sums_of(m);
         for (;;) {
             int64_t mine;
 #pragma omp atomic capture
@@ -105,7 +133,7 @@ inline void matmul(const Matrix* matrices, int count, const float* x, int64_t x_
             for (; mine >= (matrices[i].rows + step - 1) / step; i++) mine -= (matrices[i].rows + step - 1) / step;
             const Matrix& w = matrices[i];
             const int64_t last = (mine + 1) * step < w.rows ? (mine + 1) * step : w.rows;
-            part_of(w, as[layout_of(w.format, many)], mine * step, last, c);
+            part_of(w, as[layout_of(w.format, m)], mine * step, last, c);
         }
     }
 }

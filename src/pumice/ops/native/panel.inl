@@ -12,7 +12,7 @@ inline void tile_of(int rows, const PanelChunk<F>& w, int subs, const TileRows& 
 }
 
 // A chunk of the rows of a panel that begins at row `first`; past the end of the matrix the last row stands again.
-template <Format F> void fill(PanelChunk<F>& panel, const Matrix& w, int64_t first, int64_t chunk, int count) {
+template <Format F, class Panel> void fill(Panel& panel, const Matrix& w, int64_t first, int64_t chunk, int count) {
     constexpr int bytes = int(chunk_bytes<F>(CHUNK));
     for (int eight = 0; eight < PANEL; eight += 8) {
         EightRows rows;
@@ -40,6 +40,19 @@ class NextChunk {
     }
 };
 
+// The sums of a panel that begins at row `first`, [row of activations][PANEL], to where the products go.
+inline void give(const Matrix& w, int64_t first, int64_t m, const float* c) {
+    const int64_t rows = w.rows - first < PANEL ? w.rows - first : PANEL;
+    int64_t place[PANEL];
+    float bias[PANEL];
+    for (int64_t row = 0; row < rows; row++) {
+        place[row] = place_of(w, first + row);
+        bias[row] = w.bias ? w.bias[place[row]] : 0;
+    }
+    for (int64_t r = 0; r < m; r++)
+        for (int64_t row = 0; row < rows; row++) w.out[r * w.out_stride + place[row]] = c[r * PANEL + row] + bias[row];
+}
+
 // Rows `first` to `last` of weights, at most TOGETHER panels; `c` has room for TOGETHER * x.m * PANEL sums.
 template <Format F> void panels(const Matrix& w, const Activations& x, int64_t first, int64_t last, float* c) {
     PanelChunk<F> panel[TOGETHER];
@@ -60,16 +73,5 @@ template <Format F> void panels(const Matrix& w, const Activations& x, int64_t f
             }
         }
     }
-    for (int p = 0; p < count_of_panels; p++) {
-        const int64_t start = first + p * PANEL, rows = w.rows - start < PANEL ? w.rows - start : PANEL;
-        int64_t place[PANEL];
-        float bias[PANEL];
-        for (int64_t row = 0; row < rows; row++) {
-            place[row] = place_of(w, start + row);
-            bias[row] = w.bias ? w.bias[place[row]] : 0;
-        }
-        for (int64_t m = 0; m < x.m; m++)
-            for (int64_t row = 0; row < rows; row++)
-                w.out[m * w.out_stride + place[row]] = c[(p * x.m + m) * PANEL + row] + bias[row];
-    }
+    for (int p = 0; p < count_of_panels; p++) give(w, first + p * PANEL, x.m, c + p * x.m * PANEL);
 }

@@ -24,8 +24,11 @@ struct TileRows {
 };
 
 // How activations are laid out. BY_32: one scale for 32 channels; all others: one a chunk. In tiles only: SHIFTED, levels
-// with 128 added, and WIDE, levels of 11 bits in 16.
-enum Layout : int { BY_32, BY_256, SHIFTED, WIDE, LAYOUTS };
+// with 128 added, and WIDE, levels of 11 bits in 16. BFLOATS: not rounded to levels (tiles_amx.inl).
+enum Layout : int { BY_32, BY_256, SHIFTED, WIDE, BFLOATS, LAYOUTS };
+
+// Rows of activations that registers of 16 rows, two at a time, make room for.
+inline int64_t rows_in_tiles(int64_t m) { return (m + 31) & ~int64_t(31); }
 
 // Everything about the activations of one call, in memory that the caller owns (see `bytes`).
 //   m rows, k channels, chunks of 256 (the last may be shorter). Arrays run over [chunk][row].
@@ -40,6 +43,7 @@ struct Activations {
 
     static size_t bytes(int64_t m, int64_t k, Layout layout) {
         const int64_t chunks = (k + CHUNK - 1) / CHUNK;
+        if (layout == BFLOATS) return size_t(rows_in_tiles(m) * chunks) * CHUNK * 2;
         return size_t(m * chunks) * (CHUNK * (layout == WIDE ? 2 : 1) + 8 * 4 + 8 * 4 + 32 + 32) + 64;
     }
 
@@ -66,6 +70,11 @@ struct Activations {
     TileRows tile(int64_t chunk, int64_t first) const {
         const ChunkOfRow c = row(chunk, first);
         return {c.level, c.scales, c.offsets, c.sums_of_16, c.sums_of_32, scale_stride()};
+    }
+
+    // Where tiles of BFLOATS are loaded from: CHUNK channels of the 16 rows that begin with `first`.
+    uint16_t* in_tiles(int64_t chunk, int64_t first) const {
+        return (uint16_t*)level + (chunk * rows_in_tiles(m) + first) * CHUNK;
     }
 
     // Quantise one row of one chunk: level = round to even (x * most level / max |x|).
