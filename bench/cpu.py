@@ -40,6 +40,7 @@ FLAGS = (
     "avx512_vnni",
     "avx512_bf16",
     "amx_int8",
+    "amx_bf16",
     "asimddp",
     "i8mm",
     "sve",
@@ -166,12 +167,12 @@ def _bounds(job: Job, measured: Sequence[Limits]) -> dict[tuple[str, str], dict[
         return {}
     shape, mix = random_models.SHAPES[job.shape], job.model.stem.partition("-")[2]
     middle = {name: statistics.median(vars(each)[name] for each in measured) for name in limits.MEANING}
-    compute = [name for name in ("int8", "narrow") if middle[name]]
+    compute = [name for name in ("int8", "narrow", "tiles") if middle[name]]
     found: dict[tuple[str, str], dict[str, float]] = {
         ("decode", "tokens_per_s"): {"read": middle["read"] / read_bytes(shape, mix)},
         ("image-1.5", "encode_s"): {
             name: tile_ops(shape.vision, shape.text.width) / middle[name]
-            for name in ("int8", "wide", "fp32")
+            for name in ("int8", "wide", "fp32", "tiles")
             if middle[name]
         },
     }

@@ -16,6 +16,7 @@ MEANING = {
     "int8": "byte products summed in 32 bits, Gop/s",
     "narrow": "four-bit by byte products summed in 16 bits, Gop/s",
     "wide": "products of 16-bit words summed in 32 bits, Gop/s",
+    "tiles": "products of bfloat16 in tiles, Gop/s",
 }
 
 
@@ -28,6 +29,7 @@ class Limits:
     int8: float
     narrow: float
     wide: float
+    tiles: float
 
 
 def build(folder: Path) -> Path | None:

@@ -49,8 +49,13 @@ inline void give(const Matrix& w, int64_t first, int64_t m, const float* c) {
         place[row] = place_of(w, first + row);
         bias[row] = w.bias ? w.bias[place[row]] : 0;
     }
-    for (int64_t r = 0; r < m; r++)
-        for (int64_t row = 0; row < rows; row++) w.out[r * w.out_stride + place[row]] = c[r * PANEL + row] + bias[row];
+    for (int64_t r = 0; r < m; r++) {
+        float* out = w.out + r * w.out_stride;
+        if (rows == PANEL && w.head_width == 0)
+            for (int row = 0; row < PANEL; row++) out[first + row] = c[r * PANEL + row] + bias[row];
+        else
+            for (int64_t row = 0; row < rows; row++) out[place[row]] = c[r * PANEL + row] + bias[row];
+    }
 }
 
 // Rows `first` to `last` of weights, at most TOGETHER panels; `c` has room for TOGETHER * x.m * PANEL sums.

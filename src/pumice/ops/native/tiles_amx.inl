@@ -74,13 +74,22 @@ class TileRegisters {
     };
     Settings before;
 
+    // GCC's intrinsics claim to touch the first eight bytes only: the others must be in memory before, and stay as they are.
+    static void settle(const Settings& settings) { asm volatile("" : : "r"(&settings) : "memory"); }
+
    public:
     TileRegisters() {
         const Settings wanted;
+        settle(wanted);
+        settle(before);
         _tile_storeconfig(&before);
         _tile_loadconfig(&wanted);
     }
-    ~TileRegisters() { _tile_loadconfig(&before); }
+    ~TileRegisters() {
+        settle(before);
+        _tile_loadconfig(&before);
+    }
+    TileRegisters(const TileRegisters&) = delete;
 };
 
 // One row of a chunk of activations, to where the tiles are loaded from: [chunk][tile][32 channels][row of the tile].
