@@ -10,25 +10,32 @@ constexpr int ALONE = 12;
 // Rows of weights that a thread takes at a time when they are few.
 constexpr int64_t SPAN = 64;
 
-// Rows `first` to `last` of weights with all rows of activations, four of these at a time.
-template <Format F> void few(const Matrix& w, const Activations& x, int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; row++) {
-        const uint8_t* b = w.data + row * w.row_bytes;
-        const int64_t place = place_of(w, row);
-        const float bias = w.bias ? w.bias[place] : 0;
-        float sum[4];
-        for (int64_t m = 0, rows; m < x.m; m += rows) {
-            const int64_t left = x.m - m;
-            rows = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-            if (rows == 4)
-                row_products<F, 4>(b, x, m, sum);
-            else if (rows == 2)
-                row_products<F, 2>(b, x, m, sum);
-            else
-                row_products<F, 1>(b, x, m, sum);
-            for (int64_t r = 0; r < rows; r++) w.out[(m + r) * w.out_stride + place] = sum[r] + bias;
+// Row `first` of weights, and others `apart` rows from each other, S in all, with all rows of activations, four of these at a
+// time.
+template <Format F, int S> void rows_with_all(const Matrix& w, const Activations& x, int64_t first, int64_t apart) {
+    const uint8_t* b = w.data + first * w.row_bytes;
+    float sum[S][4];
+    for (int64_t m = 0, rows; m < x.m; m += rows) {
+        const int64_t left = x.m - m;
+        rows = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        if (rows == 4)
+            row_products<F, 4, S>(b, apart * w.row_bytes, x, m, sum);
+        else if (rows == 2)
+            row_products<F, 2, S>(b, apart * w.row_bytes, x, m, sum);
+        else
+            row_products<F, 1, S>(b, apart * w.row_bytes, x, m, sum);
+        for (int s = 0; s < S; s++) {
+            const int64_t place = place_of(w, first + s * apart);
+            for (int64_t r = 0; r < rows; r++) w.out[(m + r) * w.out_stride + place] = sum[s][r] + (w.bias ? w.bias[place] : 0);
         }
     }
+}
+
+// Rows `first` to `last` of weights with all rows of activations.
+template <Format F> void few(const Matrix& w, const Activations& x, int64_t first, int64_t last) {
+    const int64_t apart = (last - first) / STREAMS;
+    for (int64_t row = first; row < first + apart; row++) rows_with_all<F, STREAMS>(w, x, row, apart);
+    for (int64_t row = first + STREAMS * apart; row < last; row++) rows_with_all<F, 1>(w, x, row, 0);
 }
 
 template <Format F> void panels(const Matrix& w, const Activations& x, int64_t first, int64_t last, float* c);

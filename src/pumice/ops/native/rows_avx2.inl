@@ -129,8 +129,14 @@ inline void float_chunk(const uint8_t* b, int count, const ChunkOfRow& x, __m256
     }
 }
 
-// sum[m] = one row of weights, from `b` on, times row m of MR rows of activations.
-template <Format F, int MR> inline void row_products(const uint8_t* b, const Activations& x, int64_t first, float* sum) {
+// Rows of weights that are read side by side.
+constexpr int STREAMS = 1;
+
+// sums[0][m] = a row of weights, from `b` on, times row m of MR rows of activations.
+template <Format F, int MR, int S>
+inline void row_products(const uint8_t* b, int64_t, const Activations& x, int64_t first, float (&sums)[S][4]) {
+    static_assert(S == STREAMS);
+    float* sum = sums[0];
     __m256 acc[MR][2];
     for (int m = 0; m < MR; m++) acc[m][0] = acc[m][1] = _mm256_setzero_ps();
     const int64_t full = x.k / CHUNK;

@@ -196,20 +196,32 @@ inline __attribute__((always_inline)) void float_chunk(const uint8_t* b, int cou
     }
 }
 
-// sum[m] = one row of weights, from `b` on, times row m of MR rows of activations.
-template <Format F, int MR> inline void row_products(const uint8_t* b, const Activations& x, int64_t first, float* sum) {
-    __m512 acc[MR][2];
-    for (int m = 0; m < MR; m++) acc[m][0] = acc[m][1] = _mm512_setzero_ps();
+// Rows of weights that are read side by side. One alone comes at half of what memory gives: the CPU's own prefetch follows
+// each stream to the end of its page only, and a core waits for few lines of one that it has asked for itself.
+constexpr int STREAMS = 4;
+constexpr int AHEAD = 2048;  // bytes
+
+// sum[s][m] = a row of weights, from `b + s * apart` on, times row m of MR rows of activations.
+template <Format F, int MR, int S>
+inline void row_products(const uint8_t* b, int64_t apart, const Activations& x, int64_t first, float (&sum)[S][4]) {
+    __m512 acc[S][MR][2];
+    for (int s = 0; s < S; s++)
+        for (int m = 0; m < MR; m++) acc[s][m][0] = acc[s][m][1] = _mm512_setzero_ps();
     const int64_t full = x.k / CHUNK;
     for (int64_t chunk = 0; chunk < full; chunk++, b += chunk_bytes<F>(CHUNK)) {
-        // Four pages ahead, into the second cache: nearer, or into the first, it comes too late where memory is far.
-        for (int i = 0; i < int(chunk_bytes<F>(CHUNK)); i += 64) _mm_prefetch((const char*)b + 16384 + i, _MM_HINT_T1);
-        if constexpr (Traits<F>::whole)
-            whole_chunk<F, MR>(b, x.row(chunk, first), acc);
-        else
-            float_chunk<F, MR>(b, CHUNK, x.row(chunk, first), acc);
+#pragma GCC unroll 4
+        for (int s = 0; s < S; s++) {
+            const uint8_t* at = b + s * apart;
+            for (int i = 0; i < int(chunk_bytes<F>(CHUNK)); i += 64) _mm_prefetch((const char*)at + AHEAD + i, _MM_HINT_T0);
+            if constexpr (Traits<F>::whole)
+                whole_chunk<F, MR>(at, x.row(chunk, first), acc[s]);
+            else
+                float_chunk<F, MR>(at, CHUNK, x.row(chunk, first), acc[s]);
+        }
     }
-    if constexpr (!Traits<F>::whole)
-        if (full < x.chunks) float_chunk<F, MR>(b, x.count(full), x.row(full, first), acc);
-    for (int m = 0; m < MR; m++) sum[m] = _mm512_reduce_add_ps(_mm512_add_ps(acc[m][0], acc[m][1]));
+    for (int s = 0; s < S; s++) {
+        if constexpr (!Traits<F>::whole)
+            if (full < x.chunks) float_chunk<F, MR>(b + s * apart, x.count(full), x.row(full, first), acc[s]);
+        for (int m = 0; m < MR; m++) sum[s][m] = _mm512_reduce_add_ps(_mm512_add_ps(acc[s][m][0], acc[s][m][1]));
+    }
 }

@@ -39,8 +39,14 @@ inline int32_t dot(const int16_t* q, const int8_t* x, int count) {
     return sum;
 }
 
-// sum[m] = one row of weights, from `b` on, times row m of MR rows of activations.
-template <Format F, int MR> inline void row_products(const uint8_t* b, const Activations& x, int64_t first, float* sum) {
+// Rows of weights that are read side by side.
+constexpr int STREAMS = 1;
+
+// sums[0][m] = a row of weights, from `b` on, times row m of MR rows of activations.
+template <Format F, int MR, int S>
+inline void row_products(const uint8_t* b, int64_t, const Activations& x, int64_t first, float (&sums)[S][4]) {
+    static_assert(S == STREAMS);
+    float* sum = sums[0];
     constexpr int sub = Traits<F>::sub;
     for (int m = 0; m < MR; m++) sum[m] = 0;
     Scales<F> s;
