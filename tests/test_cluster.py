@@ -3,6 +3,7 @@ the tests of both APIs run too."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import secrets
@@ -11,10 +12,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +30,9 @@ from pumice.errors import UserError
 from pumice.ollama_prompt import Turn
 from pumice.server.app import create_app
 from pumice.server.asked import KNOWN, Known
+from pumice.server.bodies import LONG, VALUE_BYTES, Budget
 from pumice.server.settings import Settings
+from pumice.server.wire import Fields
 from served import listening, post
 from test_ollama_api import RED
 
@@ -157,6 +161,50 @@ def test_a_conversation_goes_with_its_context_to_whichever_replica_goes_on_with_
             assert replicas.known.pop() == expected
         post(base, "/api/chat", {"model": "pebble", "messages": [{}], "context": [1, 2]})
         assert replicas.known.pop() is None
+
+
+def test_others_are_answered_while_the_door_reads_a_long_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one thread they never would be: it is read when another was answered."""
+    begun, answered, read = threading.Event(), threading.Event(), Fields.read
+
+    def slowly(body: bytes, struct: str) -> Fields:
+        begun.set()
+        assert answered.wait(60)
+        return read(body, struct)
+
+    body = json.dumps({"model": "pebble", "prompt": "x" * 2 * LONG}).encode()
+    with door(Settings()) as (base, replicas), ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(Fields, "read", slowly)
+        asking = pool.submit(httpx2.post, base + "/api/generate", content=body, timeout=60)
+        assert begun.wait(60)
+        assert httpx2.get(base + "/api/version").status_code == 200
+        answered.set()
+        assert asking.result().text == "answer"
+        assert replicas.asked == [("/api/generate", "pebble:1.6")]
+
+
+def test_a_replica_takes_no_more_than_it_has_room_for() -> None:
+    """Beside one that is read, a second of so many bytes finds none; when the first is over, another does."""
+    scope = {**cluster._get("/api/show"), "method": "POST"}
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await receive()
+        await receive()  # which never ends
+
+    async def statuses() -> list[int]:
+        replica = SimpleNamespace(_app=app, _bodies=Budget(1000 + VALUE_BYTES))
+        found = []
+        first = cluster.Replica.answer(replica, scope, b"x" * 600)
+        for answer in (first, cluster.Replica.answer(replica, scope, b"x" * 600)):
+            found.append((await anext(answer))[0]["status"])
+        await first.aclose()
+        for body in (b"," + b"x" * 600, b",," + b"x" * 900):
+            async with aclosing(cluster.Replica.answer(replica, scope, body)) as answer:
+                found.append((await anext(answer))[0]["status"])
+        return found
+
+    assert asyncio.run(statuses()) == [200, 503, 200, 503]
 
 
 def test_what_changes_a_model_is_told_to_all() -> None:
