@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -39,12 +40,14 @@ from test_ollama_api import RED
 yaml = pytest.importorskip("yaml", reason="ray is not installed: pip install 'pumice[ray]'")
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'pumice[ray]'")
 cluster = pytest.importorskip("pumice.server.cluster", reason="ray is not installed: pip install 'pumice[ray]'")
+DeploymentBroadcastResponse = pytest.importorskip("ray.serve.handle").DeploymentBroadcastResponse
 
 HERE = Path(__file__).parent
 KEY = {"Authorization": "Bearer sesame"}
 MARK = f"PUMICE_TEST_CLUSTER={os.getpid()}"
 """In the environment of every process of the cluster."""
 START_S = 150
+HANGS = object()
 WALKS = ("tests/test_ollama_api.py", "tests/test_openai_api.py")
 
 
@@ -77,16 +80,31 @@ class Replicas:
 
     def broadcast(self, method: str, *said: Any) -> Any:
         if method == "remembered":
-            says: list[Any] = [None, ray.exceptions.RayActorError(), self.remembers.get(said)]  # type: ignore[call-overload]
+            says: list[Any] = [None, HANGS, ray.exceptions.RayActorError(), self.remembers.get(said)]  # type: ignore[call-overload]
         else:
             assert method == "whole"
             self.everywhere.append((said[0]["path"], said[1]))
             says = self.says
 
-        async def results_async(*, timeout_s: float, return_exceptions: bool) -> list[Any]:
-            return says
+        async def results() -> list[Any]:
+            return [Result(each) for each in says]
 
-        return SimpleNamespace(results_async=results_async)
+        return DeploymentBroadcastResponse(results(), None)
+
+
+class Result:
+    """What one replica says, in Ray's own answer of all: an exception is raised, and HANGS never comes."""
+
+    def __init__(self, said: Any) -> None:
+        self._said = said
+
+    def get(self, timeout_s: float) -> Any:
+        assert 0 < timeout_s <= cluster.ALL_S
+        if self._said is HANGS:
+            raise ray.exceptions.GetTimeoutError
+        if isinstance(self._said, Exception):
+            raise self._said
+        return self._said
 
 
 class Coming:
@@ -254,6 +272,22 @@ def test_what_is_in_memory_is_counted_together() -> None:
     ]  # fmt: skip
 
 
+def test_a_replica_that_hangs_is_left_out() -> None:
+    """The others are heard, and one that is not well, or has gone, says nothing that counts."""
+    with door(Settings()) as (base, replicas):
+        models = json.dumps({"models": [{"name": "a", "size": 1, "size_vram": 0, "expires_at": "2026"}]}).encode()
+        others = [HANGS, ray.exceptions.RayActorError(), cluster.Said(503, b"busy", "c")]
+        replicas.says = [*others, cluster.Said(200, models, "a")]
+        (held,) = httpx2.get(base + "/api/ps").json()["models"]
+        assert (held["name"], held["replicas"]) == ("a", 1)
+        replicas.says = [*others, cluster.Said(200, b"# TYPE n gauge\nn 3.0\n", "a")]
+        assert httpx2.get(base + "/metrics").text.splitlines()[-1] == 'n{replica="a"} 3.0'
+        replicas.says = [HANGS, cluster.Said(200, b"gone", "a")]
+        assert post(base, "/api/generate", {"model": "pebble", "keep_alive": 0}).text == "gone"
+        replicas.says = others
+        assert httpx2.get(base + "/api/ps").json() == {"models": []}
+
+
 def test_every_route_is_given_to_somebody() -> None:
     """A new route that asks a model must be in ANSWERS, or the door would load one."""
     here = {"/api/show", "/api/copy", "/api/pull", "/api/push", "/api/create", "/api/blobs/{digest}",
@@ -293,6 +327,7 @@ def test_a_cluster_of_two() -> None:
         assert httpx2.get(base + "/api/tags", headers=evil, timeout=30).status_code == 403
         assert post(base, "/api/generate", {"model": "pebble", "keep_alive": 0}).json()["done_reason"] == "unload"
         assert httpx2.get(base + "/api/ps", timeout=30).json() == {"models": []}
+        one_that_hangs_is_left_out(base)
         one_that_dies_is_replaced(base)
 
 
@@ -361,13 +396,31 @@ def a_client_that_leaves_ends_its_answer(base: str) -> None:
     assert whole.elapsed.total_seconds() > first_s, "the pieces of a stream came at its end"
 
 
-def one_that_dies_is_replaced(base: str) -> None:
-    """Whoever was waiting for it is told so; who asks again is answered by the other."""
+def one_that_hangs_is_left_out(base: str) -> None:
+    names = set(re.findall('replica="(.*?)"', httpx2.get(base + "/metrics", timeout=30).text))
+    assert len(names) == 2
+    hangs, _ = both()
+    os.kill(hangs, signal.SIGSTOP)
+    try:
+        found = set(re.findall('replica="(.*?)"', httpx2.get(base + "/metrics", timeout=30).text))
+        assert len(found) == 1
+        assert found < names
+    finally:
+        os.kill(hangs, signal.SIGCONT)
+
+
+def both() -> list[int]:
+    """The processes of the replicas."""
     replicas = [
         each for each in marked() if b"ServeReplica:pumice:models" in Path(f"/proc/{each}/cmdline").read_bytes()
     ]
     assert len(replicas) == 2
-    os.kill(replicas[0], signal.SIGKILL)
+    return replicas
+
+
+def one_that_dies_is_replaced(base: str) -> None:
+    """Whoever was waiting for it is told so; who asks again is answered by the other."""
+    os.kill(both()[0], signal.SIGKILL)
     until = time.monotonic() + 20
     while True:
         answer = post(base, "/api/generate", {"model": "pebble", "prompt": "Hi", "stream": False})

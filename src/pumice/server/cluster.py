@@ -12,7 +12,9 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncGenerator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing, suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -50,10 +52,11 @@ ONGOING = 32
 """Requests that a replica takes before the next one loads the same model, where OLLAMA_NUM_PARALLEL does not say."""
 AT_THE_DOOR = 4096
 """Requests under way in one door, which holds little of each."""
-ALL_S = 30.0
-"""How long all replicas may take to say what they have in memory."""
-KNOWN_S = 3.0
-"""How long a follow-up waits for its conversation; then its text alone counts."""
+ALL_S = 3.0
+"""How long is waited for what all replicas are asked: what they have in memory, a conversation, to let a model go. Then
+what is known counts; an order to one that hangs stands."""
+ASKING = 32
+"""Requests of one door at a time for which all replicas are asked."""
 _OPENAI = ("chat/completions", "completions", "embeddings")
 ANSWERS = frozenset(
     ["/api/generate", "/api/chat", "/api/embed", "/api/embeddings", "/pumice/see"]
@@ -172,6 +175,7 @@ class Door:
 
     def __init__(self, own: ASGIApp, models: DeploymentHandle) -> None:
         self._own, self._models = own, models
+        self._asking = ThreadPoolExecutor(ASKING, "asking")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         asked = (scope.get("method"), scope.get("path"))
@@ -232,24 +236,24 @@ class Door:
             await self._all({**_get("/api/generate"), "method": "POST"}, order)
 
     async def _gathered(self, scope: Scope, receive: Receive, send: Send, merged: Any) -> None:
-        said = await self._all(scope, b"")
+        said = [each for each in await self._all(scope, b"") if each.status == 200]
         await (merged(said)(scope, receive, send) if said else self._own(scope, receive, send))
 
     async def _all(self, scope: Scope, body: bytes) -> list[Said]:
-        return [
-            each for each in await self._everywhere(ALL_S, "whole", _portable(scope), body) if isinstance(each, Said)
-        ]
+        return [each for each in await self._everywhere("whole", _portable(scope), body) if isinstance(each, Said)]
 
     async def _known(self, title: str, context: tuple[int, ...]) -> Known | None:
         """The conversation of a `context`, from the replica that gave it: another may go on with it."""
-        found = await self._everywhere(KNOWN_S, "remembered", title, context) if context else []
+        found = await self._everywhere("remembered", title, context) if context else []
         return next((each for each in found if isinstance(each, Known)), None)
 
-    async def _everywhere(self, patience_s: float, method: str, *said: Any) -> list[Any]:
-        """What a method gives on each replica; nothing where one takes too long."""
+    async def _everywhere(self, method: str, *said: Any) -> list[Any]:
+        """What a method gives on each replica; an exception for one that has gone or takes too long."""
         try:
             asked = self._models.broadcast(method, *said)
-            return await asked.results_async(timeout_s=patience_s, return_exceptions=True)
+            # Without a thread Ray gives all of them or, where one hangs, none.
+            found = partial(asked.results, timeout_s=ALL_S, return_exceptions=True)
+            return await asyncio.get_running_loop().run_in_executor(self._asking, found)
         except (DeploymentUnavailableError, TimeoutError):
             return []
 
