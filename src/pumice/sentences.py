@@ -52,7 +52,7 @@ MOST_POSITIONS = 1 << 17
 AT_ONCE = 32
 """Texts of one pass."""
 AGAIN = "get the model again, or another one"
-SAID = "an embedding model of sentence-transformers"
+KIND = "an embedding model of sentence-transformers"
 
 
 class SentenceModel:
@@ -108,7 +108,7 @@ class SentenceModel:
     def embed_images(self, images: Sequence[ImageLike], *, normalise: bool = True) -> Embeddings:
         """Raises UserError: it sees nothing."""
         raise UserError(
-            f"{self.name} is {SAID}, for texts alone", hint="ask a LLaVA for vectors of images; they are of its own"
+            f"{self.name} is {KIND}, for texts alone", hint="ask a LLaVA for vectors of images; they are of its own"
         )
 
     def _counts(self, texts: Sequence[str]) -> list[int]:
@@ -141,7 +141,7 @@ def load_sentences(folder: Path, name: str) -> SentenceModel:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise UserError(
-            f"{name} is {SAID}, which is not installed", hint="pip install 'pumice[embed]', then ask again"
+            f"{name} is {KIND}, which is not installed", hint="pip install 'pumice[embed]', then ask again"
         ) from error
     with _in_words(f"{name} cannot be loaded", (str(folder), name)):
         inner = SentenceTransformer(
