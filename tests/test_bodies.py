@@ -8,6 +8,7 @@ import json
 import random
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from typing import Any
 
@@ -74,7 +75,7 @@ def test_a_request_of_very_many_values_is_refused(base: str, piece: bytes) -> No
     ends = (b"{", b'"model":"x"}') if b":" in piece else (b'{"model":["', b'"]}')
     answer = httpx2.post(base + "/v1/chat/completions", content=ends[0] + piece * count + ends[1], timeout=60)
     assert answer.status_code == 400
-    assert f"{bodies.MOST_VALUES} are read at most" in answer.json()["error"]["message"]
+    assert f"more than {bodies.MOST_VALUES} values" in answer.json()["error"]["message"]
 
 
 def test_pictures_are_decoded_in_pieces() -> None:
@@ -159,6 +160,51 @@ def test_g_many_long_bodies_at_once() -> None:
             assert reply(first, "POST").body == b"50001 bytes"
         wait_for(guard, 0)
         assert ask(port, "/api/chat", method="POST", body=bytes(100_000)).status == 200
+
+
+LEAVES = ("1", "999", "1.5", '"ab"', '"αβ"', '"😀"', r'"\ud800"', "[]", "[0]", "{}", '{"":0}', '{"":[]}', '{"":"ab"}')
+DEEP = (400 * "[" + 400 * "]", 400 * '{"":' + "0" + 400 * "}")
+
+
+@pytest.mark.parametrize("leaf", [*LEAVES, *DEEP], ids=lambda leaf: leaf[:12])
+def test_values_take_no_more_memory_than_they_weigh(leaf: str) -> None:
+    """Of whatever kind they are, in a list and behind keys of their own."""
+    count = 50 if len(leaf) > 100 else 12_000
+    for text in (
+        f'{{"a":[{",".join([leaf] * count)}]}}',
+        f'{{{",".join(f""""{n:x}":{leaf}""" for n in range(count))}}}',
+    ):
+        body = bytearray(text.encode())
+        gc.disable()
+        tracemalloc.start()
+        try:
+            fields = Fields.read(body, "X")
+            held, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+            gc.enable()
+        assert fields.values
+        assert held <= bodies.weight(len(body), bodies.values(body))
+
+
+def test_the_budget_counts_values() -> None:
+    """A request is read, and a second of so few bytes is refused while it is."""
+    app = FastAPI()
+
+    async def answer(request: Request) -> PlainTextResponse:
+        return PlainTextResponse(f"{len(await request.body())} bytes")
+
+    app.add_api_route("/api/chat", answer, methods=["POST"])
+    guard = Guard(app, Settings(max_bodies_bytes=100_000))
+    with listening(guard) as port:
+        with connected(port) as first:
+            first.sendall(b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 401\r\n\r\n" + b"[" * 400)
+            wait_for(guard, 400 * (1 + bodies.VALUE_BYTES))
+            assert ask(port, "/api/chat", method="POST", body=b"," * 400).status == 503
+            assert ask(port, "/api/chat", method="POST", body=b" " * 400).status == 200
+            first.sendall(b"x")
+            assert reply(first, "POST").body == b"401 bytes"
+        wait_for(guard, 0)
 
 
 def wait_for(guard: Guard, held: int) -> None:

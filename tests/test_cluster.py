@@ -3,18 +3,21 @@ the tests of both APIs run too."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import re
 import secrets
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,19 +31,23 @@ from pumice.errors import UserError
 from pumice.ollama_prompt import Turn
 from pumice.server.app import create_app
 from pumice.server.asked import KNOWN, Known
+from pumice.server.bodies import LONG, VALUE_BYTES, Budget
 from pumice.server.settings import Settings
+from pumice.server.wire import Fields
 from served import listening, post
 from test_ollama_api import RED
 
 yaml = pytest.importorskip("yaml", reason="ray is not installed: pip install 'pumice[ray]'")
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'pumice[ray]'")
 cluster = pytest.importorskip("pumice.server.cluster", reason="ray is not installed: pip install 'pumice[ray]'")
+DeploymentBroadcastResponse = pytest.importorskip("ray.serve.handle").DeploymentBroadcastResponse
 
 HERE = Path(__file__).parent
 KEY = {"Authorization": "Bearer sesame"}
 MARK = f"PUMICE_TEST_CLUSTER={os.getpid()}"
 """In the environment of every process of the cluster."""
 START_S = 150
+HANGS = object()
 WALKS = ("tests/test_ollama_api.py", "tests/test_openai_api.py")
 
 
@@ -73,16 +80,31 @@ class Replicas:
 
     def broadcast(self, method: str, *said: Any) -> Any:
         if method == "remembered":
-            says: list[Any] = [None, ray.exceptions.RayActorError(), self.remembers.get(said)]  # type: ignore[call-overload]
+            says: list[Any] = [None, HANGS, ray.exceptions.RayActorError(), self.remembers.get(said)]  # type: ignore[call-overload]
         else:
             assert method == "whole"
             self.everywhere.append((said[0]["path"], said[1]))
             says = self.says
 
-        async def results_async(*, timeout_s: float, return_exceptions: bool) -> list[Any]:
-            return says
+        async def results() -> list[Any]:
+            return [Result(each) for each in says]
 
-        return SimpleNamespace(results_async=results_async)
+        return DeploymentBroadcastResponse(results(), None)
+
+
+class Result:
+    """What one replica says, in Ray's own answer of all: an exception is raised, and HANGS never comes."""
+
+    def __init__(self, said: Any) -> None:
+        self._said = said
+
+    def get(self, timeout_s: float) -> Any:
+        assert 0 < timeout_s <= cluster.ALL_S
+        if self._said is HANGS:
+            raise ray.exceptions.GetTimeoutError
+        if isinstance(self._said, Exception):
+            raise self._said
+        return self._said
 
 
 class Coming:
@@ -159,6 +181,50 @@ def test_a_conversation_goes_with_its_context_to_whichever_replica_goes_on_with_
         assert replicas.known.pop() is None
 
 
+def test_others_are_answered_while_the_door_reads_a_long_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one thread they never would be: it is read when another was answered."""
+    begun, answered, read = threading.Event(), threading.Event(), Fields.read
+
+    def slowly(body: bytes, struct: str) -> Fields:
+        begun.set()
+        assert answered.wait(60)
+        return read(body, struct)
+
+    body = json.dumps({"model": "pebble", "prompt": "x" * 2 * LONG}).encode()
+    with door(Settings()) as (base, replicas), ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(Fields, "read", slowly)
+        asking = pool.submit(httpx2.post, base + "/api/generate", content=body, timeout=60)
+        assert begun.wait(60)
+        assert httpx2.get(base + "/api/version").status_code == 200
+        answered.set()
+        assert asking.result().text == "answer"
+        assert replicas.asked == [("/api/generate", "pebble:1.6")]
+
+
+def test_a_replica_takes_no_more_than_it_has_room_for() -> None:
+    """Beside one that is read, a second of so many bytes finds none; when the first is over, another does."""
+    scope = {**cluster._get("/api/show"), "method": "POST"}
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await receive()
+        await receive()  # which never ends
+
+    async def statuses() -> list[int]:
+        replica = SimpleNamespace(_app=app, _bodies=Budget(1000 + VALUE_BYTES))
+        found = []
+        first = cluster.Replica.answer(replica, scope, b"x" * 600)
+        for answer in (first, cluster.Replica.answer(replica, scope, b"x" * 600)):
+            found.append((await anext(answer))[0]["status"])
+        await first.aclose()
+        for body in (b"," + b"x" * 600, b",," + b"x" * 900):
+            async with aclosing(cluster.Replica.answer(replica, scope, body)) as answer:
+                found.append((await anext(answer))[0]["status"])
+        return found
+
+    assert asyncio.run(statuses()) == [200, 503, 200, 503]
+
+
 def test_what_changes_a_model_is_told_to_all() -> None:
     with door(Settings()) as (base, replicas):
         replicas.says = [cluster.Said(200, b"gone", "a"), cluster.Said(500, b"wrong", "b")]
@@ -206,6 +272,22 @@ def test_what_is_in_memory_is_counted_together() -> None:
     ]  # fmt: skip
 
 
+def test_a_replica_that_hangs_is_left_out() -> None:
+    """The others are heard, and one that is not well, or has gone, says nothing that counts."""
+    with door(Settings()) as (base, replicas):
+        models = json.dumps({"models": [{"name": "a", "size": 1, "size_vram": 0, "expires_at": "2026"}]}).encode()
+        others = [HANGS, ray.exceptions.RayActorError(), cluster.Said(503, b"busy", "c")]
+        replicas.says = [*others, cluster.Said(200, models, "a")]
+        (held,) = httpx2.get(base + "/api/ps").json()["models"]
+        assert (held["name"], held["replicas"]) == ("a", 1)
+        replicas.says = [*others, cluster.Said(200, b"# TYPE n gauge\nn 3.0\n", "a")]
+        assert httpx2.get(base + "/metrics").text.splitlines()[-1] == 'n{replica="a"} 3.0'
+        replicas.says = [HANGS, cluster.Said(200, b"gone", "a")]
+        assert post(base, "/api/generate", {"model": "pebble", "keep_alive": 0}).text == "gone"
+        replicas.says = others
+        assert httpx2.get(base + "/api/ps").json() == {"models": []}
+
+
 def test_every_route_is_given_to_somebody() -> None:
     """A new route that asks a model must be in ANSWERS, or the door would load one."""
     here = {"/api/show", "/api/copy", "/api/pull", "/api/push", "/api/create", "/api/blobs/{digest}",
@@ -245,6 +327,7 @@ def test_a_cluster_of_two() -> None:
         assert httpx2.get(base + "/api/tags", headers=evil, timeout=30).status_code == 403
         assert post(base, "/api/generate", {"model": "pebble", "keep_alive": 0}).json()["done_reason"] == "unload"
         assert httpx2.get(base + "/api/ps", timeout=30).json() == {"models": []}
+        one_that_hangs_is_left_out(base)
         one_that_dies_is_replaced(base)
 
 
@@ -313,13 +396,31 @@ def a_client_that_leaves_ends_its_answer(base: str) -> None:
     assert whole.elapsed.total_seconds() > first_s, "the pieces of a stream came at its end"
 
 
-def one_that_dies_is_replaced(base: str) -> None:
-    """Whoever was waiting for it is told so; who asks again is answered by the other."""
+def one_that_hangs_is_left_out(base: str) -> None:
+    names = set(re.findall('replica="(.*?)"', httpx2.get(base + "/metrics", timeout=30).text))
+    assert len(names) == 2
+    hangs, _ = both()
+    os.kill(hangs, signal.SIGSTOP)
+    try:
+        found = set(re.findall('replica="(.*?)"', httpx2.get(base + "/metrics", timeout=30).text))
+        assert len(found) == 1
+        assert found < names
+    finally:
+        os.kill(hangs, signal.SIGCONT)
+
+
+def both() -> list[int]:
+    """The processes of the replicas."""
     replicas = [
         each for each in marked() if b"ServeReplica:pumice:models" in Path(f"/proc/{each}/cmdline").read_bytes()
     ]
     assert len(replicas) == 2
-    os.kill(replicas[0], signal.SIGKILL)
+    return replicas
+
+
+def one_that_dies_is_replaced(base: str) -> None:
+    """Whoever was waiting for it is told so; who asks again is answered by the other."""
+    os.kill(both()[0], signal.SIGKILL)
     until = time.monotonic() + 20
     while True:
         answer = post(base, "/api/generate", {"model": "pebble", "prompt": "Hi", "stream": False})

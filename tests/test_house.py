@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ROWS = {
     "errors": 0,
     "config": 1, "image": 1, "picture": 1, "prompt": 1, "chat_template": 1, "tokenizer": 1, "decoding": 1,
-    "sentencepiece": 1, "special_tokens": 1,
+    "tokenizer_json": 1, "sentencepiece": 1, "special_tokens": 1,
     "go_template": 1, "ollama_prompt": 1, "ollama_tools": 1, "durations": 1, "options": 1, "modelfile": 1,
     "ops": 2, "quant": 2, "packing": 2,
     "network": 3, "checkpoints": 3, "store": 3,
@@ -30,7 +30,8 @@ ROWS = {
 WITHIN_A_ROW = {
     ("image", "config"), ("image", "picture"), ("picture", "config"), ("decoding", "sentencepiece"),
     ("prompt", "config"), ("tokenizer", "prompt"), ("tokenizer", "decoding"),
-    ("tokenizer", "sentencepiece"), ("tokenizer", "special_tokens"), ("store", "checkpoints"),
+    ("tokenizer", "sentencepiece"), ("tokenizer", "special_tokens"), ("tokenizer", "tokenizer_json"),
+    ("tokenizer_json", "decoding"), ("store", "checkpoints"),
     ("model", "question"), ("model", "dialogue"), ("model", "source"), ("model", "sampling_options"),
     ("model", "embedding"), ("sentences", "embedding"), ("sentences", "model"), ("server", "creating"),
     ("source", "dialogue"), ("question", "dialogue"),
@@ -42,7 +43,7 @@ WITHIN_A_ROW = {
 }  # fmt: skip
 """Imports inside one row that are allowed; a folder's own files are always free to import each other."""
 HOMES = {
-    "PIL": {"image", "picture"}, "pillow_heif": {"picture"}, "tokenizers": {"tokenizer"},
+    "PIL": {"image", "picture"}, "pillow_heif": {"picture"}, "tokenizers": {"tokenizer", "tokenizer_json"},
     "safetensors": {"checkpoints"},
     "httpx2": {"store"}, "huggingface_hub": {"store"}, "llguidance": {"engine"}, "pydantic": set(), "jsonschema": set(),
     "typer": {"cli"}, "rich": {"cli"}, "transformers": set(), "ctypes": {"ops"}, "triton": {"ops"}, "ray": {"server"},
@@ -59,6 +60,7 @@ WITHOUT_TORCH = {
     "prompt",
     "chat_template",
     "tokenizer",
+    "tokenizer_json",
     "decoding",
     "sentencepiece",
     "special_tokens",

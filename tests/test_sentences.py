@@ -29,7 +29,7 @@ from pumice.server.settings import Settings
 from pumice.server.wire import Refused
 from pumice.store.hub_cache import wanted
 from pumice.store.installed import Folder
-from sentence_folder import sentence_folder
+from sentence_folder import WORDS, sentence_folder
 from served import post, served
 
 TEXTS = ["a red circle", "", "ünder 3", "two\nlines", "z" * 20]
@@ -273,6 +273,32 @@ def test_damaged_files_are_told_in_words(folder: Path, tmp_path: Path, name: str
     with pytest.raises(UserError, match=r"^m") as caught:
         load_sentences(found, "m")
     assert str(tmp_path) not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"merges": [["a", "Q"]]}, r"joins \['a', 'Q'\], which is of no tokens"),
+        ({"merges": ["a c"]}, r"joins \['a', 'c'\], which gives no token"),
+        ({"merges": [["a"]]}, r"a merge is \['a'\]"),
+        # The library would end the process, cutting a byte off the second.
+        ({"merges": [["a", "é"]], "continuing_subword_prefix": "x"}, "is of no tokens"),
+        ({"dropout": 5.0}, "does not hold together"),
+    ],
+)
+def test_a_tokenizer_that_does_not_hold_together(
+    folder: Path, tmp_path: Path, model: dict[str, Any], words: str
+) -> None:
+    """A BPE, which transformers takes as it stands."""
+    bpe = {"type": "BPE", "vocab": {word: id for id, word in enumerate([*WORDS[:-2], "ab", "é"])}, "unk_token": "[UNK]"}
+    found = changed(folder, tmp_path, "tokenizer.json", lambda said: {**said, "model": {**bpe, "merges": ["a b"]}})
+    config = json.loads((found / "tokenizer_config.json").read_text())
+    (found / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}))
+    assert load_sentences(found, "m").embed(["ab"]).tokens == (3,)
+    said = json.loads((found / "tokenizer.json").read_text())
+    (found / "tokenizer.json").write_text(json.dumps({**said, "model": {**said["model"], **model}}))
+    with pytest.raises(UserError, match=f"^m: the tokenizer.json .*{words}"):
+        load_sentences(found, "m")
 
 
 def test_words_that_the_network_has_not(folder: Path, tmp_path: Path) -> None:

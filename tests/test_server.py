@@ -362,6 +362,18 @@ def test_no_request_out_of_the_document_breaks_the_server(case: Any, offline: st
     assert answer.status_code < 500, answer.text[:300]
 
 
+def test_offline_is_said_in_words(offline: str) -> None:
+    for path, body, verb in (
+        ("/api/pull", {"model": "llava"}, "pull"),
+        ("/api/push", {"model": "pebble"}, "push"),
+        ("/api/create", {"model": "mine", "from": "llava"}, "pull"),
+    ):
+        answer = post(offline, path, body)
+        words = f"this server is offline and cannot {verb} a model; start it without --offline"
+        assert (answer.status_code, answer.json()) == (400, {"error": words})
+    assert post(offline, "/api/pull", {"model": "pebble", "stream": False}).json() == {"status": "success"}
+
+
 def test_small_answers_are_sent_at_once() -> None:
     """With Nagle's algorithm each answer waits for the client's delayed acknowledgement, 40 ms."""
     with listening(Settings(port=0)) as place:

@@ -12,10 +12,6 @@ from typing import Any
 
 import pytest
 
-from pumice.errors import UserError
-from pumice.server.offline import check
-from pumice.server.settings import Settings
-
 CHILD = """
 import asyncio, json, os, socket, sys, tempfile, threading, urllib.request
 from pathlib import Path
@@ -206,10 +202,3 @@ def test_j_offline_as_the_system_sees_it(tmp_path: Path) -> None:
     calls = [line for line in log.read_text().splitlines() if "AF_INET" in line]
     assert calls
     assert all('"127.0.0.1"' in line or '"::1"' in line or '"::ffff:127.0.0.1"' in line for line in calls), calls
-
-
-def test_what_needs_the_network_is_refused_in_words() -> None:
-    check(Settings(), "pull")
-    with pytest.raises(UserError, match="pull needs the network, and this server is offline") as caught:
-        check(Settings(offline=True), "pull")
-    assert "PUMICE_OFFLINE" in caught.value.hint

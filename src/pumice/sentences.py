@@ -29,7 +29,7 @@ from pumice.room.fitting import Machine, NoRoom
 from pumice.room.memory import shown
 from pumice.store.installed import PART, weights
 from pumice.store.installed import PARTS as MODULES
-from pumice.tokenizer import LibraryErrors
+from pumice.tokenizer_json import LibraryErrors, checked, content
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -38,6 +38,7 @@ WITH_WEIGHTS = ("Transformer", "Dense", "LayerNorm", "WeightedLayerPooling")
 PARTS = (*WITH_WEIGHTS, "Pooling", "Normalize", "Dropout")
 """Kinds of a model's parts, as the last word of `type` in its modules.json."""
 WEIGHTS = "model.safetensors"
+TOKENIZER = "tokenizer.json"
 _OF_MODELS = frozenset({"dtype", "torch_dtype"})
 _OF_TOKENIZERS = frozenset({"do_lower_case", "model_max_length", "padding_side", "truncation_side", "use_fast"})
 HANDED_ON = MappingProxyType({
@@ -51,7 +52,7 @@ MOST_POSITIONS = 1 << 17
 AT_ONCE = 32
 """Texts of one pass."""
 AGAIN = "get the model again, or another one"
-SAID = "an embedding model of sentence-transformers"
+KIND = "an embedding model of sentence-transformers"
 
 
 class SentenceModel:
@@ -107,7 +108,7 @@ class SentenceModel:
     def embed_images(self, images: Sequence[ImageLike], *, normalise: bool = True) -> Embeddings:
         """Raises UserError: it sees nothing."""
         raise UserError(
-            f"{self.name} is {SAID}, for texts alone", hint="ask a LLaVA for vectors of images; they are of its own"
+            f"{self.name} is {KIND}, for texts alone", hint="ask a LLaVA for vectors of images; they are of its own"
         )
 
     def _counts(self, texts: Sequence[str]) -> list[int]:
@@ -140,7 +141,7 @@ def load_sentences(folder: Path, name: str) -> SentenceModel:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise UserError(
-            f"{name} is {SAID}, which is not installed", hint="pip install 'pumice[embed]', then ask again"
+            f"{name} is {KIND}, which is not installed", hint="pip install 'pumice[embed]', then ask again"
         ) from error
     with _in_words(f"{name} cannot be loaded", (str(folder), name)):
         inner = SentenceTransformer(
@@ -224,6 +225,9 @@ def _check_part(place: Path, kind: str) -> None:
         names = set(files.values()) if isinstance(files, dict) and all(map(_is_text, files.values())) else {""}
         if not all(re.fullmatch(r"[^/\\]+\.safetensors", each) and (place / each).is_file() for each in names):
             raise UserError(f"{index.name} names files that are not safetensors here", hint=AGAIN)
+    if (place / TOKENIZER).is_file():
+        text = (place / TOKENIZER).read_text(encoding="utf-8", errors="replace")
+        checked(text, content(text))  # transformers hides what the library says, and the library may end the process
     for each in sorted(place.glob("*.safetensors")):
         try:
             opened(each.resolve())  # the Hub's cache is made of links

@@ -17,11 +17,13 @@ from typing import Any, Literal
 
 import tokenizers
 
+from pumice import tokenizer_json
 from pumice.decoding import Decoder, TextStream, steps_of
 from pumice.errors import UserError
 from pumice.prompt import IMAGE_MARK, SPECIAL_WORDS, Part
 from pumice.sentencepiece import SPACE, PieceModel, read_model
 from pumice.special_tokens import AddedWords, added_token, content_of, declared_tokens, flags, special_words
+from pumice.tokenizer_json import LibraryErrors
 
 LARGEST_FILE_BYTES = 128 << 20
 """Several times the largest tokenizer.json of a Llama."""
@@ -84,7 +86,7 @@ class Tokenizer:
     ) -> None:
         """`text` is a tokenizer.json, `spec` its content; `model` holds what such a file cannot say. Use the class
         methods instead."""
-        self._library = _library(text, spec)
+        self._library = tokenizer_json.library(text, spec)
         _add_missing(self._library, config)
         added = self._library.get_added_tokens_decoder()
         prefix, normalizer, pre_tokenizer = _prefix(spec)
@@ -121,7 +123,7 @@ class Tokenizer:
             return cls(json.dumps(source), source, config or {})
         is_text = isinstance(source, str) and source.lstrip().startswith("{")
         text = str(source) if is_text else _read(Path(source)).decode(errors="replace")
-        return cls(text, _content(text), config or {})
+        return cls(text, tokenizer_json.content(text), config or {})
 
     @classmethod
     def from_sentencepiece(
@@ -278,7 +280,7 @@ class Tokenizer:
     def _tokenised(self, section: _Section, prefix: str) -> tuple[list[int], list[bool]]:
         """A token is learned when its first character is; a space mark put in front belongs to the first one."""
         try:
-            with LibraryErrors("get tokenizer.json again from where the model came"):
+            with LibraryErrors(tokenizer_json.AGAIN):
                 found = self._text.encode(prefix + section.text, add_special_tokens=False)
         except (TypeError, UnicodeEncodeError) as problem:
             raise UserError(
@@ -292,75 +294,6 @@ class Tokenizer:
             )
         starts = [max(0, start - len(prefix)) for start, _ in found.offsets]
         return found.ids, [section.learned[start] for start in starts]
-
-
-_AGAIN = "get tokenizer.json again from where the model came"
-
-
-def _content(text: str) -> dict[str, Any]:
-    """What a tokenizer.json says."""
-    try:
-        spec = json.loads(text)
-    except (ValueError, RecursionError) as problem:
-        raise UserError(f"the tokenizer.json is not JSON, or not whole: {problem}", hint=_AGAIN) from problem
-    return spec if isinstance(spec, dict) else {}
-
-
-def _library(text: str, spec: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """The library's object for a tokenizer.json and its content."""
-    hint, model = _AGAIN, spec.get("model")
-    if not isinstance(model, dict) or model.get("type") != "BPE":
-        kind = model.get("type") if isinstance(model, dict) else None
-        raise UserError(f"the tokenizer.json is of kind {kind!r}; pumice reads 'BPE'", hint=hint)
-    if not isinstance(model.get("vocab"), dict) or not model["vocab"]:
-        raise UserError("the tokenizer.json has no vocabulary", hint=hint)
-    _refuse_unknown_steps(spec, hint)
-    _refuse_lost_merges(model, hint)
-    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(name):
-            raise UserError(f"the tokenizer.json has a {name}, which pumice does not support", hint=hint)
-    with LibraryErrors(hint):
-        library = tokenizers.Tokenizer.from_str(text)
-    library.no_padding()
-    library.no_truncation()
-    return library
-
-
-_STEPS = {
-    "normalizer": ("normalizers", {"Prepend", "Replace", "NFC", "NFD", "NFKC", "NFKD"}),
-    "pre_tokenizer": ("pretokenizers", {"Split", "ByteLevel", "Metaspace", "Digits"}),
-}
-
-
-def _refuse_unknown_steps(spec: Mapping[str, Any], hint: str) -> None:
-    """What the tokenizers of the Llama family do before the pairing, and nothing else: the library's other steps end
-    the process's patience, or the process, on damaged settings."""
-    for place, (inner, known) in _STEPS.items():
-        for step in steps_of(spec.get(place), inner):
-            if step["type"] not in known:
-                raise UserError(f"the tokenizer.json has a {place} of type {step['type']!r}", hint=hint)
-
-
-def _refuse_lost_merges(model: Mapping[str, Any], hint: str) -> None:
-    """Two pieces that join to a token that is none: the library would print an error of its own on the terminal."""
-    for merge in model.get("merges") or ():
-        pair = merge.split(" ") if isinstance(merge, str) else merge
-        if isinstance(pair, list) and set(map(type, pair)) <= {str} and "".join(pair) not in model["vocab"]:
-            raise UserError(f"the tokenizer.json joins {pair}, which gives no token of its vocabulary", hint=hint)
-
-
-class LibraryErrors:
-    """Turns the library's errors into a UserError: they are of class Exception itself, which nothing else here raises,
-    and where its code did not expect the file, of a class that it exports under no name."""
-
-    def __init__(self, hint: str) -> None:
-        self._hint = hint
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: object) -> None:
-        if kind is not None and (kind is Exception or kind.__name__ == "PanicException"):
-            raise UserError(f"the tokenizer.json does not hold together: {problem}", hint=self._hint) from problem
 
 
 def _prefix(spec: Mapping[str, Any]) -> tuple[_Prefix, Any, Any]:

@@ -45,13 +45,12 @@ def digest_of(text: str) -> str:
     return f"sha256:{found[1].lower()}"
 
 
-def asked(body: Mapping[str, object], own: OwnStore) -> Recipe:
+def asked(said: Mapping[str, object], own: OwnStore) -> Recipe:
     """The recipe in the body of POST /api/create, whose files were sent before by their digests.
 
     Keys must be in lower case; those that are none of ours are passed over, and a null is as if it were not there. An
     old client's `modelfile` counts too. Raises UserError: a value of another kind, a file that was not sent.
     """
-    said = {key: value for key, value in body.items() if value is not None}
     recipe = Recipe()
     if text := _text(said, "modelfile"):
         recipe = of_modelfile(read_modelfile(text))
@@ -118,7 +117,9 @@ def _sent(said: Mapping[str, object], key: str, own: OwnStore) -> dict[str, Path
 
 
 def _text(said: Mapping[str, object], key: str) -> str | None:
-    value = said.get(key, "")
+    value = said.get(key)
+    if value is None:
+        return None
     if not isinstance(value, str):
         raise _wrong(key, "a text")
     check_text(value, key)
@@ -126,7 +127,9 @@ def _text(said: Mapping[str, object], key: str) -> str | None:
 
 
 def _mapping(said: Mapping[str, object], key: str) -> dict[str, object]:
-    value = said.get(key, {})
+    value = said.get(key)
+    if value is None:
+        return {}
     if not isinstance(value, dict):
         raise _wrong(key, "an object")
     return value

@@ -30,7 +30,7 @@ from pumice.server.wire import Json, Refused, is_openai
 
 def application(settings: Settings) -> ASGIApp:
     """The whole server: the routes, who may ask them, and a line in the log for each request."""
-    return AccessLog(Guard(create_app(settings), settings), debug=settings.debug)
+    return AccessLog(Guard(create_app(settings), settings))
 
 
 def create_app(settings: Settings) -> FastAPI:

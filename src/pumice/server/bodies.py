@@ -5,26 +5,40 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from starlette.requests import Request
 
-from pumice.server.wire import Fields, Refused
+from pumice.server.wire import Fields
 
 T = TypeVar("T")
 
 LONG = 1 << 20
 """Bytes from which on a request is read in a thread of its own."""
 MOST_VALUES = 2_000_000
-"""Commas and opening brackets of a request, in texts too: each is a value, which takes a hundred bytes and keeps Python
-from doing anything else while it is made. The longest conversation has a thousandth of it."""
+"""Commas and opening brackets of a request, in texts too: each may be a value, and Python does nothing else while it
+makes them. The longest conversation has a thousandth of it."""
+VALUE_BYTES = 192
+"""Of memory that one of them takes at most, beside its own: an object in an object."""
 _ALONE = threading.Lock()
 """Held while a long request is read: who else turned the collector off meanwhile could leave it off."""
 
 
+def values(piece: bytes) -> int:
+    """So many values a piece of JSON can have at most."""
+    return len(piece) - len(piece.translate(None, b",[{"))
+
+
+def weight(length: int, values: int) -> int:
+    """Bytes of memory that so many bytes of a request with so many values take at most, read or not. Text beyond ASCII
+    may make it more: a single such character, and all of its text takes up to four bytes a character."""
+    return length + VALUE_BYTES * values
+
+
 class Budget:
-    """Bytes of all the requests that are under way. Used from one event loop."""
+    """Bytes of memory for all the requests that are under way. Used from one event loop."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -40,15 +54,28 @@ class Budget:
     def give(self, count: int) -> None:
         self._held -= count
 
+    @contextmanager
+    def holding(self, count: int) -> Iterator[bool]:
+        """Whether there is room for so many more, which are held to the end of this block then."""
+        has_room = self.take(count)
+        try:
+            yield has_room
+        finally:
+            if has_room:
+                self.give(count)
+
 
 async def read(request: Request, struct: str) -> Fields:
     """The object that a request consists of; nothing else keeps its bytes. Raises Refused, ClientDisconnect."""
     body = bytearray()
     async for piece in request.stream():
         body += piece
-    if len(body) < LONG:
-        return Fields.read(body, struct)
-    return await asyncio.to_thread(_long, body, struct)
+    return await parsed(body, struct)
+
+
+async def parsed(body: bytes | bytearray, struct: str) -> Fields:
+    """The object that a request's body is, in a thread where it is long. Raises Refused."""
+    return Fields.read(body, struct) if len(body) < LONG else await asyncio.to_thread(_long, body, struct)
 
 
 async def aside(size: int, work: Callable[[], T]) -> T:
@@ -56,10 +83,7 @@ async def aside(size: int, work: Callable[[], T]) -> T:
     return work() if size < LONG else await asyncio.to_thread(work)
 
 
-def _long(body: bytearray, struct: str) -> Fields:
-    values = sum(body.count(each) for each in b",[{")
-    if values > MOST_VALUES:
-        raise Refused(400, f"the request has {values} values; {MOST_VALUES} are read at most")
+def _long(body: bytes | bytearray, struct: str) -> Fields:
     with _ALONE:
         collects = gc.isenabled()
         gc.disable()  # which would walk all values again and again while they come, and nothing else runs meanwhile

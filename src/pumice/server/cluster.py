@@ -12,7 +12,9 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncGenerator, Iterable, Sequence
-from contextlib import AsyncExitStack, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, aclosing, suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -34,6 +36,7 @@ from pumice.errors import UserError
 from pumice.server import offline
 from pumice.server.app import create_app, envelope
 from pumice.server.asked import KNOWN, Known
+from pumice.server.bodies import Budget, aside, parsed, values, weight
 from pumice.server.guard import Guard
 from pumice.server.loaded import Resident
 from pumice.server.metrics import CONTENT_TYPE
@@ -41,7 +44,7 @@ from pumice.server.residents import BUSY
 from pumice.server.running import share_cores
 from pumice.server.settings import Address, Settings
 from pumice.server.streams import unless_gone
-from pumice.server.wire import Fields, Refused
+from pumice.server.wire import Refused
 
 MODELS = "models"
 """The deployment of the replicas, as configuration files name it; the other is `door`."""
@@ -49,10 +52,11 @@ ONGOING = 32
 """Requests that a replica takes before the next one loads the same model, where OLLAMA_NUM_PARALLEL does not say."""
 AT_THE_DOOR = 4096
 """Requests under way in one door, which holds little of each."""
-ALL_S = 30.0
-"""How long all replicas may take to say what they have in memory."""
-KNOWN_S = 3.0
-"""How long a follow-up waits for its conversation; then its text alone counts."""
+ALL_S = 3.0
+"""How long is waited for what all replicas are asked: what they have in memory, a conversation, to let a model go. Then
+what is known counts; an order to one that hangs stands."""
+ASKING = 32
+"""Requests of one door at a time for which all replicas are asked."""
 _OPENAI = ("chat/completions", "completions", "embeddings")
 ANSWERS = frozenset(
     ["/api/generate", "/api/chat", "/api/embed", "/api/embeddings", "/pumice/see"]
@@ -122,6 +126,7 @@ class Replica:
             offline.enforce()
         share_cores()
         self._app = create_app(settings)
+        self._bodies = Budget(settings.max_bodies_bytes)
         self._life = AsyncExitStack()
         await self._life.enter_async_context(self._app.router.lifespan_context(self._app))
 
@@ -137,21 +142,12 @@ class Replica:
         """What the application sends, as it comes. Who stops reading cancels it."""
         if model := serve.get_multiplexed_model_id():
             await self._answers_for(model)
-        sent: asyncio.Queue[Message | None] = asyncio.Queue()
-        working = asyncio.ensure_future(self._app(scope, replayed(body), sent.put))
-        working.add_done_callback(lambda _: sent.put_nowait(None))
-        try:
-            more = True
-            while more:
-                found = [await sent.get()]
-                while not sent.empty():
-                    found.append(sent.get_nowait())
-                more = found[-1] is not None
-                yield [each for each in found if each is not None]
-        finally:
-            working.cancel()
-            with suppress(asyncio.CancelledError):
-                await working
+        count = await aside(len(body), lambda: values(body))
+        with self._bodies.holding(weight(len(body), count)) as has_room:
+            app: ASGIApp = self._app if has_room else envelope(Request(scope), 503, BUSY)
+            async with aclosing(sent(app, scope, body)) as coming:
+                async for messages in coming:
+                    yield messages
 
     async def whole(self, scope: Scope, body: bytes) -> Said:
         """All that the application sends."""
@@ -179,6 +175,7 @@ class Door:
 
     def __init__(self, own: ASGIApp, models: DeploymentHandle) -> None:
         self._own, self._models = own, models
+        self._asking = ThreadPoolExecutor(ASKING, "asking")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         asked = (scope.get("method"), scope.get("path"))
@@ -198,7 +195,7 @@ class Door:
 
     async def _ask(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = await Request(scope, receive).body()
-        title, unloads, context = about(scope["path"], body)
+        title, unloads, context = await about(scope["path"], body)
         if unloads and (said := await self._all(scope, body)):
             worst = max(said, key=lambda each: each.status)
             await Response(worst.body, worst.status, media_type="application/json")(scope, receive, send)
@@ -234,29 +231,29 @@ class Door:
 
     async def _let_go(self, body: bytes) -> None:
         """Every replica lets go of the model that a request is about."""
-        if title := about("", body).title:
+        if title := (await about("", body)).title:
             order = json.dumps({"model": title, "keep_alive": 0}).encode()
             await self._all({**_get("/api/generate"), "method": "POST"}, order)
 
     async def _gathered(self, scope: Scope, receive: Receive, send: Send, merged: Any) -> None:
-        said = await self._all(scope, b"")
+        said = [each for each in await self._all(scope, b"") if each.status == 200]
         await (merged(said)(scope, receive, send) if said else self._own(scope, receive, send))
 
     async def _all(self, scope: Scope, body: bytes) -> list[Said]:
-        return [
-            each for each in await self._everywhere(ALL_S, "whole", _portable(scope), body) if isinstance(each, Said)
-        ]
+        return [each for each in await self._everywhere("whole", _portable(scope), body) if isinstance(each, Said)]
 
     async def _known(self, title: str, context: tuple[int, ...]) -> Known | None:
         """The conversation of a `context`, from the replica that gave it: another may go on with it."""
-        found = await self._everywhere(KNOWN_S, "remembered", title, context) if context else []
+        found = await self._everywhere("remembered", title, context) if context else []
         return next((each for each in found if isinstance(each, Known)), None)
 
-    async def _everywhere(self, patience_s: float, method: str, *said: Any) -> list[Any]:
-        """What a method gives on each replica; nothing where one takes too long."""
+    async def _everywhere(self, method: str, *said: Any) -> list[Any]:
+        """What a method gives on each replica; an exception for one that has gone or takes too long."""
         try:
             asked = self._models.broadcast(method, *said)
-            return await asked.results_async(timeout_s=patience_s, return_exceptions=True)
+            # Without a thread Ray gives all of them or, where one hangs, none.
+            found = partial(asked.results, timeout_s=ALL_S, return_exceptions=True)
+            return await asyncio.get_running_loop().run_in_executor(self._asking, found)
         except (DeploymentUnavailableError, TimeoutError):
             return []
 
@@ -272,10 +269,10 @@ class About(NamedTuple):
     """It goes on from there."""
 
 
-def about(path: str, body: bytes) -> About:
+async def about(path: str, body: bytes) -> About:
     """Of what is wrong with a request a replica tells."""
     try:
-        fields = Fields.read(body, "Request")
+        fields = await parsed(body, "Request")
         found = store.find(fields.text("model", "name"))
         unloads = path in _SAYING and not fields.any(_SAYING[path]) and keep_alive(fields.any("keep_alive")) == 0
         ids = fields.items("context") if path == "/api/generate" else []
@@ -318,6 +315,25 @@ class _Fixed(Collector):
 
     def collect(self) -> Iterable[Metric]:
         return self._families
+
+
+async def sent(app: ASGIApp, scope: Scope, body: bytes) -> AsyncGenerator[list[Message]]:
+    """What an application sends, as it comes."""
+    coming: asyncio.Queue[Message | None] = asyncio.Queue()
+    working = asyncio.ensure_future(app(scope, replayed(body), coming.put))
+    working.add_done_callback(lambda _: coming.put_nowait(None))
+    try:
+        more = True
+        while more:
+            found = [await coming.get()]
+            while not coming.empty():
+                found.append(coming.get_nowait())
+            more = found[-1] is not None
+            yield [each for each in found if each is not None]
+    finally:
+        working.cancel()
+        with suppress(asyncio.CancelledError):
+            await working
 
 
 def replayed(body: bytes, then: Receive | None = None) -> Receive:

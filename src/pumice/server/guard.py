@@ -28,7 +28,7 @@ from contextlib import suppress
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pumice.server.bodies import Budget
+from pumice.server.bodies import MOST_VALUES, Budget, values, weight
 from pumice.server.settings import Address, Settings
 from pumice.server.streams import error_object
 from pumice.server.wire import is_openai
@@ -133,7 +133,7 @@ class _Exchange:
         self._limit = settings.max_body_bytes
         self._read_s = settings.request_read_s
         self._until = asyncio.get_running_loop().time() + self._read_s
-        self._bytes = self._held = 0
+        self._bytes = self._values = self._held = 0
         self._is_whole = self._is_started = self._is_over = False
 
     @property
@@ -180,10 +180,11 @@ class _Exchange:
 
     def _words(self, status: int) -> bytes:
         said = {
+            400: f"the request has more than {MOST_VALUES} values, which is more than is read",
             401: "a valid API key is needed: send the header 'Authorization: Bearer <key>'",
             408: f"the request's body did not come within {self._read_s:g} seconds",
             413: f"the request is longer than {self._limit} bytes",
-            503: f"server busy, please try again.  the requests that wait have {self._bodies.limit} bytes together",
+            503: f"server busy, please try again.  the requests that wait take {self._bodies.limit} bytes together",
         }[status]
         if not is_openai("/" + _raw_path(self._scope).decode("latin-1").lstrip("/")):
             return json.dumps({"error": said}).encode()
@@ -191,7 +192,7 @@ class _Exchange:
         return json.dumps({"error": error_object(status, said) | {"code": code}}).encode()
 
     async def _take(self) -> Message:
-        """What the application receives. A body that is too long or too slow ends as if its sender had gone."""
+        """What the application receives. A body that is too much or too slow ends as if its sender had gone."""
         if self._is_over:
             return _GONE
         if self._is_whole:
@@ -203,12 +204,14 @@ class _Exchange:
         except TimeoutError:
             return await self._break_off(408)
         self._is_whole = not message.get("more_body", False)
-        self._bytes += len(message.get("body", b""))
+        piece = message.get("body", b"")
+        self._bytes += len(piece)
         if self._is_upload:  # which goes to the disk piece by piece
             return message
-        if self._bytes > self._limit:
-            return await self._break_off(413)
-        if not self._bodies.take(size := len(message.get("body", b""))):
+        self._values += (count := values(piece))
+        if self._bytes > self._limit or self._values > MOST_VALUES:
+            return await self._break_off(413 if self._bytes > self._limit else 400)
+        if not self._bodies.take(size := weight(len(piece), count)):
             return await self._break_off(503)
         self._held += size
         return message

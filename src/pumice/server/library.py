@@ -32,6 +32,7 @@ FOREVER_S = 250 * 365.25 * 86400
 
 
 def routes(residents: Residents, settings: Settings) -> APIRouter:
+    """GET /api/version, status, tags and ps, POST /api/show, copy, pull and push, DELETE /api/delete."""
     router = APIRouter(tags=["models"])
 
     @router.get("/api/version")
@@ -227,10 +228,6 @@ def _progress(step: Progress) -> dict[str, Any]:
     return {"status": step.status, **{name: value for name, value in told.items() if value}}
 
 
-def details(model: Installed) -> dict[str, Any]:
-    return asdict(facts.details(model))
-
-
 def shown(model: Installed, verbose: bool) -> dict[str, Any]:
     """All that is known of a model, which is read from its files. Raises UserError where they are damaged."""
     stored = model if isinstance(model, Stored) else None
@@ -246,7 +243,7 @@ def shown(model: Installed, verbose: bool) -> dict[str, Any]:
     }
     return {
         **{name: value for name, value in found.items() if value},
-        "details": details(model),
+        "details": asdict(facts.details(model)),
         "model_info": model_info.of_model(model, whole=verbose),
         "capabilities": list(facts.capabilities(model)),
         "modified_at": timestamp(model.modified_s),

@@ -12,23 +12,22 @@ from typing import Any, Literal
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-Fact = Literal["model", "prompt_tokens", "cached_tokens", "generated_tokens", "images", "reason", "prompt"]
-"""What a route may add to its request's line; `prompt` is written in debug mode only."""
+Fact = Literal["model", "prompt_tokens", "cached_tokens", "generated_tokens", "images", "reason"]
+"""What a route may add to its request's line."""
 
 _LOGGER = logging.getLogger("pumice.server")
 _ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _LONGEST = 500
 """Characters of a path that are written."""
-_FACTS, _REQUEST_ID = "pumice.facts", "pumice.request_id"
+_FACTS = "pumice.facts"
 
 
 class AccessLog:
     """Around an application and its guard: gives each request an id, answers with it, and writes its line when it is
     over. `x-request-id` of the request is its id, where it can be one."""
 
-    def __init__(self, app: ASGIApp, *, debug: bool = False) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._debug = debug
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -50,7 +49,7 @@ class AccessLog:
             await send(message)
 
         try:
-            await self._app({**scope, _FACTS: facts, _REQUEST_ID: request_id}, receive, answer)
+            await self._app({**scope, _FACTS: facts}, receive, answer)
         finally:
             line = {
                 "request_id": request_id,
@@ -59,7 +58,7 @@ class AccessLog:
                 "path": scope["path"][:_LONGEST],  # the query is left out: it may hold anything
                 "status": status,
                 "seconds": round(time.perf_counter() - began, 6),
-                **{name: fact for name, fact in facts.items() if self._debug or name != "prompt"},
+                **facts,
             }
             if not is_whole:
                 line["broken_off"] = True
@@ -69,11 +68,6 @@ class AccessLog:
 def note(scope: Scope, fact: Fact, value: str | int | float) -> None:
     """Add something to the line of the request with this scope, where an AccessLog is around it."""
     scope.get(_FACTS, {})[fact] = value
-
-
-def request_id(scope: Scope) -> str:
-    """The id of the request with this scope, which an AccessLog is around."""
-    return scope[_REQUEST_ID]
 
 
 class Lines(logging.Formatter):

@@ -18,9 +18,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from pumice.errors import UserError
-from pumice.server.settings import Settings
-
 _TO = ("socket.connect", "socket.sendto", "socket.sendmsg")
 _NAMES = ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr", "socket.getnameinfo")
 _WITH_ADDRESS = ("bind", "connect", "connect_ex", "sendto", "sendmsg")
@@ -33,15 +30,6 @@ def enforce() -> None:
     sys.addaudithook(_refuse)
     for name in _WITH_ADDRESS:
         setattr(socket.socket, name, _by_number(getattr(socket.socket, name)))
-
-
-def check(settings: Settings, what: str) -> None:
-    """Raise UserError where this server is offline and `what`, say `pull`, needs the network."""
-    if settings.offline:
-        raise UserError(
-            f"{what} needs the network, and this server is offline",
-            hint="start it without PUMICE_OFFLINE, or bring the model here by other means",
-        )
 
 
 def _refuse(event: str, about: tuple[Any, ...]) -> None:

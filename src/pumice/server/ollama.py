@@ -43,29 +43,13 @@ def routes(residents: Residents, settings: Settings) -> APIRouter:
         came_s = time.monotonic()
         fields = await read(request, "GenerateRequest")
         common = Common.of(fields, Refused(404, f"model '{fields.text('model', 'name')}' not found"))
-        prompt, suffix, raw = fields.text("prompt"), fields.text("suffix"), fields.flag("raw")
-        if not prompt and common.keep_ns == 0:
+        if not fields.text("prompt") and common.keep_ns == 0:
             return await _unload(residents, common, {"response": ""})
-        if raw and (fields.text("template") or fields.text("system") or fields.items("context", "int")):
-            raise Refused(400, "raw mode does not support template, system, or context")
-        images = await aside(fields.size, lambda: pictures(fields, settings))
-        if suffix and "insert" not in facts.capabilities(common.installed):
-            raise Refused(400, f"{full_name(common.installed)} does not support insert")
-        asked = common.asked(fields)
-        if not prompt and not suffix:
+        asked = await _prompted(fields, common, settings)
+        if not asked.turns[-1].content and not asked.suffix:
             return await _load(residents, common, {"response": ""})
-        system = [Turn("system", fields.text("system"))] if fields.text("system") else []
-        asked = replace(
-            asked,
-            turns=(*system, Turn("user", prompt, len(images))),
-            images=images,
-            raw=prompt if raw else None,
-            suffix=suffix,
-            template=fields.text("template"),
-            context=_context(fields),
-            known=request.scope.get(KNOWN),
-        )
-        kind = "raw" if raw else "generate"
+        asked = replace(asked, known=request.scope.get(KNOWN))
+        kind = "generate" if asked.raw is None else "raw"
         exchange = Exchange(request, asked, came_s, kind, fields.flag("_debug_render_only"))
         return await _answered(residents, common, exchange)
 
@@ -79,11 +63,7 @@ def routes(residents: Residents, settings: Settings) -> APIRouter:
         empty = {"message": {"role": "assistant", "content": ""}}
         if not turns and common.keep_ns == 0:
             return await _unload(residents, common, empty)
-        tools = fields.items("tools", "api.Tool")
-        if tools and "tools" not in facts.capabilities(common.installed):
-            raise Refused(400, f"{full_name(common.installed)} does not support tools")
-        if not all(isinstance(each, dict) for each in tools):
-            raise Refused(400, "json: cannot unmarshal into Go struct field ChatRequest.tools of type api.Tool")
+        tools = _tools(fields, common)
         asked = replace(common.asked(fields), turns=turns, images=images, tools=tools)
         if not turns:
             return await _load(residents, common, empty)
@@ -233,6 +213,36 @@ async def _load(residents: Residents, common: Common, said: Mapping[str, Any]) -
 async def _unload(residents: Residents, common: Common, said: Mapping[str, Any]) -> Response:
     residents.stop(common.name)
     return Json({**_head(common.name), **said, "done": True, "done_reason": "unload"})
+
+
+async def _prompted(fields: Fields, common: Common, settings: Settings) -> Asked:
+    """What /api/generate asks. Raises Refused, in Ollama's order of checks."""
+    prompt, suffix, raw = fields.text("prompt"), fields.text("suffix"), fields.flag("raw")
+    if raw and (fields.text("template") or fields.text("system") or fields.items("context", "int")):
+        raise Refused(400, "raw mode does not support template, system, or context")
+    images = await aside(fields.size, lambda: pictures(fields, settings))
+    if suffix and "insert" not in facts.capabilities(common.installed):
+        raise Refused(400, f"{full_name(common.installed)} does not support insert")
+    system = [Turn("system", fields.text("system"))] if fields.text("system") else []
+    return replace(
+        common.asked(fields),
+        turns=(*system, Turn("user", prompt, len(images))),
+        images=images,
+        raw=prompt if raw else None,
+        suffix=suffix,
+        template=fields.text("template"),
+        context=_context(fields),
+    )
+
+
+def _tools(fields: Fields, common: Common) -> list[dict[str, Any]]:
+    """Raises Refused, also for a model whose template knows none."""
+    tools = fields.items("tools", "api.Tool")
+    if tools and "tools" not in facts.capabilities(common.installed):
+        raise Refused(400, f"{full_name(common.installed)} does not support tools")
+    if not all(isinstance(each, dict) for each in tools):
+        raise Refused(400, "json: cannot unmarshal into Go struct field ChatRequest.tools of type api.Tool")
+    return tools
 
 
 def _messages(fields: Fields, settings: Settings) -> tuple[tuple[Turn, ...], tuple[bytes, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 import time
@@ -66,7 +67,8 @@ def routes(residents: Residents, settings: Settings) -> APIRouter:
     @router.get("/models", include_in_schema=False)
     async def models() -> Response:
         """The models on this machine."""
-        return JSONResponse({"object": "list", "data": [_model(each) for each in store.installed().models]})
+        data = await asyncio.to_thread(lambda: [_model(each) for each in store.installed().models])
+        return JSONResponse({"object": "list", "data": data})
 
     @router.get("/v1/models/{name:path}")
     @router.get("/models/{name:path}", include_in_schema=False)

@@ -100,7 +100,7 @@ class Settings:
     max_body_bytes: int = 64 * MIB
     """Of a request; a model's file (`/api/blobs`) is as long as it is."""
     max_bodies_bytes: int = 512 * MIB
-    """Of all requests that wait or are answered, together; one more is refused with 503."""
+    """Of all requests that wait or are answered, together, by `bodies.weight`; one more is refused with 503."""
     max_images: int = 64
     """Pictures of one request."""
     request_read_s: float = 120.0

@@ -31,12 +31,13 @@ if TYPE_CHECKING:
 
 MOST_TEXTS = 2048
 """Of one request; OpenAI's number."""
-LLAVAS = MappingProxyType({
+OF_LLAVA = MappingProxyType({
     "texts": "mean of the language model's last hidden states",
     "images": "mean of the features that the language model gets; not comparable with texts",
 })  # fmt: skip
 """What the vectors of a model that answers are."""
-SAID = "an embedding model's, by sentence-transformers"
+OF_EMBEDDER = MappingProxyType({"texts": "an embedding model's, by sentence-transformers"})
+"""What the vectors of an embedding model are."""
 
 
 def routes(residents: Residents, settings: Settings) -> APIRouter:
@@ -55,7 +56,7 @@ def routes(residents: Residents, settings: Settings) -> APIRouter:
             "total_duration": int((time.monotonic() - began_s) * 1e9),
             "load_duration": int(found.loaded_s * 1e9),
             "prompt_eval_count": found.tokens,
-            "pumice": dict(found.said),
+            "pumice": dict(found.source),
         }
         return Response(_with(told, "embeddings", found.vectors), media_type=Json.media_type)
 
@@ -75,14 +76,11 @@ def routes(residents: Residents, settings: Settings) -> APIRouter:
     async def openai(request: Request) -> Response:
         """Vectors of texts."""
         fields = await read(request, "EmbeddingsRequest")
-        form = fields.text("encoding_format") or "float"
-        if form not in ("float", "base64"):
-            words = f"Invalid value for 'encoding_format' = {form[:50]}. Supported values: ['float', 'base64']."
-            raise Refused(400, words)
+        packed = _is_packed(fields)
         texts = texts_of(fields.any("input"))
         if not texts:
             raise Refused(400, "invalid input")
-        found = await _found(residents, request, fields, Wanted(texts, (), fields, packed=form == "base64"))
+        found = await _found(residents, request, fields, Wanted(texts, (), fields, packed=packed))
         data = [
             f'{{"object":"embedding","index":{index},"embedding":{each}}}' for index, each in enumerate(found.vectors)
         ]
@@ -99,7 +97,7 @@ class Found(NamedTuple):
     vectors: list[str]
     tokens: int
     loaded_s: float
-    said: Mapping[str, str]
+    source: Mapping[str, str]
 
 
 async def _found(residents: Residents, request: Request, fields: Fields, wanted: Wanted) -> Found:
@@ -110,8 +108,8 @@ async def _found(residents: Residents, request: Request, fields: Fields, wanted:
         async with residents.use_for_vectors(required(fields), keep_ns) as resident, resident.turn:
             loaded_s, model = time.monotonic() - began_s, resident.model
             texts, tokens = await residents.compute(lambda: wanted.of(model))
-            said = {"texts": SAID} if isinstance(resident, Embedder) else LLAVAS
-            return Found(texts, sum(tokens), loaded_s, said)
+            source = OF_EMBEDDER if isinstance(resident, Embedder) else OF_LLAVA
+            return Found(texts, sum(tokens), loaded_s, source)
 
     return await unless_gone(request, whole())
 
@@ -170,6 +168,15 @@ def texts_of(value: Any) -> list[str]:
     if len(texts) > MOST_TEXTS:
         raise Refused(400, f"{len(texts)} texts came with the request; {MOST_TEXTS} are taken at most")
     return texts
+
+
+def _is_packed(fields: Fields) -> bool:
+    """Are vectors wanted in base64? Raises Refused in Ollama's words."""
+    form = fields.text("encoding_format") or "float"
+    if form not in ("float", "base64"):
+        words = f"Invalid value for 'encoding_format' = {form[:50]}. Supported values: ['float', 'base64']."
+        raise Refused(400, words)
+    return form == "base64"
 
 
 def _packed(vector: Sequence[float]) -> str:

@@ -19,8 +19,6 @@ from pumice.store.hub_cache import EYES
 from pumice.store.installed import Folder, Installed, Stored
 from pumice.store.names import Name
 
-_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
-
 
 @dataclass(frozen=True)
 class Details:
@@ -65,8 +63,8 @@ def _of_folder(model: Folder) -> Details:
     family = model_info.language_model(model)
     eyes = ("clip",) if sees(model) else ()
     dtype = next((_text(each, key) for each in (config, inner) for key in ("dtype", "torch_dtype") if key in each), "")
-    count = model_info.parameters(model)
-    return Details("safetensors", family, (family, *eyes), human(count) if count else "", _DTYPES.get(dtype, ""))
+    count, level = model_info.parameters(model), model_info.DTYPES.get(dtype, "")
+    return Details("safetensors", family, (family, *eyes), human(count) if count else "", level)
 
 
 def sees(model: Installed) -> bool:

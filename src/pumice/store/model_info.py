@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 
 from pumice.config import TEXT_DEFAULTS
 from pumice.store import gguf_keys
@@ -22,7 +23,8 @@ _MOST_HEADER_BYTES = 100 * 2**20
 """Of a safetensors file: its format's own bound."""
 _EYES = ("vision_tower", "vision_model", "projector", "image_newline")
 """Parts of the names of tensors that are no language model's."""
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+DTYPES: Mapping[str, str] = MappingProxyType({"float32": "F32", "float16": "F16", "bfloat16": "BF16"})
+"""What a config.json calls the type of its weights, and what Ollama does."""
 _NUMBERS = {name: number for number, name in FILE_TYPES.items()}
 
 
@@ -114,7 +116,7 @@ def _of_folder(model: Folder) -> dict[str, object]:
     architecture = "llama" if kind == "mistral" else kind
     count = parameters(model)
     dtype = model.config.get("dtype") or model.config.get("torch_dtype")
-    file_type = _NUMBERS.get(_DTYPES.get(str(dtype), ""))
+    file_type = _NUMBERS.get(DTYPES.get(str(dtype), ""))
     found = _of_encoder(said) if model.embeds else _of_language_model(said, kind)
     general = {"architecture": architecture, "parameter_count": count or None, "file_type": file_type}
     return {f"general.{key}": value for key, value in general.items() if value is not None} | {

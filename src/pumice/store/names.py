@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 from pumice.errors import UserError, shortened
 
@@ -93,11 +92,6 @@ class Name:
     def full(self) -> str:
         """With nothing left out, as Ollama's own errors have it: `registry.ollama.ai/library/llava:latest`."""
         return f"{self.host}/{self.namespace}/{self.model}:{self.tag}"
-
-    @property
-    def path(self) -> PurePosixPath:
-        """Of the manifest, under a store's `manifests`."""
-        return PurePosixPath(*self.parts)
 
     def matches(self, other: Name) -> bool:
         """Do both mean the same model? Case counts nowhere in a name, nor does the scheme."""
