@@ -281,7 +281,7 @@ class Engine:
 
     def _seen(self, parts: Sequence[Part], decoding: bool) -> list[Part]:
         """Those parts of prompts whose images were looked at. If some were not, the next tiles of all parts are encoded
-        together; where they are `apart`, with those of waiting requests, and no row that gains tokens waits for them."""
+        together; where they are `apart`, with those of waiting requests, and no row that decodes waits for them."""
         spans = [(self._generations[part.row], part.row.done, part.row.done + part.count) for part in parts]
         looking = [(generation, unseen) for generation, *span in spans if (unseen := generation.unseen(*span))]
         if looking:

@@ -18,8 +18,9 @@ class Limits:
     tiles of images are encoded in a step, while other rows gain tokens; alone_tiles: while none does, and always on a
     CUDA device, where these rows do not wait. drafts: so many tokens of a row's own text are tried at once at most, as
     those that may come next; 0 tries none. cache_dir: where what is known of images is written to, and found again by a
-    later process; None writes nothing. disk_bytes: what that folder may take. deterministic: in types narrower than float32, too, an answer is the same whatever runs beside
-    it and was asked before; passes are cut into small ones of equal size, which takes longer (docs/engine.md).
+    later process; None writes nothing. disk_bytes: what that folder may take. deterministic: in types narrower than
+    float32, too, an answer is the same whatever runs beside it and was asked before; passes are cut into small ones of
+    equal size, which takes longer (docs/engine.md).
     """
 
     cache_bytes: int = 2 * 2**30
