@@ -265,6 +265,14 @@ def test_a_typed_image_mark(command: Command, folder: Path, photo: Path) -> None
         (["--frequency-penalty", "inf"], "frequency_penalty"),
         (["--template", "vicunna_v1"], "vicuna_v1"), (["--dtype", "float12"], "float12"),
         (["--device", "abacus"], "abacus"),
+        (["--logprobs", "21"], "logprobs is 21"), (["--logprobs", "-1"], "from 0 to 20"),
+        (["--logit-bias", "822"], "822=-100"), (["--logit-bias", "=5"], "822=-100"),
+        (["--logit-bias", "822=high"], "822=high"), (["--logit-bias", "\udcff=1"], "822=-100"),
+        (["--logit-bias", "822=nan"], "from -100.0 to 100.0"), (["--logit-bias", "a=101"], "from -100.0 to 100.0"),
+        (["--logit-bias", "9999999999=1"], "9999999999"), (["--logit-bias", "99999=1"], "token 99999"),
+        (["--logit-bias", "5=1", "--logit-bias", "5=2"], "twice"),
+        (["--logit-bias", "9" * 5000 + "=1"], "not one token"),
+        (["--logit-bias", "no such word as this=1"], "not one token"),
     ],
 )  # fmt: skip
 def test_bad_options(command: Command, folder: Path, arguments: list[str], word: str) -> None:
@@ -283,6 +291,56 @@ def test_drawing_follows_its_options(command: Command, folder: Path) -> None:
     for name in ("typical_p", "presence_penalty", "frequency_penalty"):
         less = {key: value for key, value in chosen.items() if key != name}
         assert pumice.load(folder).ask("Hi", sampling=Sampling(**less)).text != expected
+
+
+def test_log_probabilities_are_those_of_python(command: Command, folder: Path) -> None:
+    """As JSON, and as a table on stderr, of which nothing reaches stdout."""
+    model = pumice.load(folder)
+    told = model.ask("Hi", sampling=Sampling(max_tokens=5, logprobs=3))
+    assert [each.id for each in told.logprobs] == list(told.tokens)
+    for each in told.logprobs:
+        assert bytes(each.bytes) == model.tokenizer.bytes_of(each.id)
+        assert (each.id, each.logprob) == (each.top[0].id, each.top[0].logprob)
+    asked = ["run", folder, "Hi", "--max-tokens", 5]
+    found = json.loads(command(*asked, "--logprobs", 3, "--json").out)["logprobs"]
+    assert [(each["id"], each["token"], each["logprob"]) for each in found] == [
+        (each.id, each.token, each.logprob) for each in told.logprobs
+    ]
+    assert [[(top["id"], top["logprob"]) for top in each["top_logprobs"]] for each in found] == [
+        [(top.id, top.logprob) for top in each.top] for each in told.logprobs
+    ]
+    done = command(*asked, "--logprobs", 3)
+    assert done.out == told.text + "\n"
+    heads, *rows = done.err.splitlines()
+    assert heads.split() == ["id", "logprob", "token", "most", "likely"]
+    assert [row.split()[:2] for row in rows] == [[str(each.id), f"{each.logprob:.4f}"] for each in told.logprobs]
+    for row, each in zip(rows, told.logprobs):
+        assert all(f"{top.logprob:.4f}" in row for top in each.top)
+    bare = json.loads(command(*asked, "--logprobs", 0, "--json").out)["logprobs"]
+    assert all("top_logprobs" not in each for each in bare)
+    assert [each["logprob"] for each in bare] == [each.logprob for each in told.logprobs]
+    assert "most likely" not in command(*asked, "--logprobs", 0).err
+    assert "logprobs" not in json.loads(command(*asked, "--json").out)
+
+
+def test_biases_by_id_by_text_and_by_name(command: Command, folder: Path) -> None:
+    """A token by its number, by the text that it adds, and as the vocabulary has it is the same token."""
+    model = pumice.load(folder)
+    tokenizer = model.tokenizer
+    plain = model.ask("Hi", sampling=Sampling(max_tokens=5)).tokens
+    wanted = next(
+        id
+        for id in range(300, tokenizer.vocab_size)
+        if (text := tokenizer.bytes_of(id)).startswith(b" ") and tokenizer.continued(text.decode()) == [id]
+    )
+    expected = model.ask("Hi", sampling=Sampling(max_tokens=5, logit_bias={wanted: 100.0, plain[0]: -1.5}))
+    assert wanted in expected.tokens
+    for name in (wanted, tokenizer.bytes_of(wanted).decode(), tokenizer.token_of(wanted)):
+        said = ["--logit-bias", f"{name}=100", "--logit-bias", f"{plain[0]}=-1.5"]
+        assert command("run", folder, "Hi", "--max-tokens", 5, *said).out == expected.text + "\n"
+    end = tokenizer.token_of(model.config.stop_ids[0])
+    ended = command("run", folder, "Hi", "--max-tokens", 5, "--logit-bias", f"{end}=100", "--json")
+    assert (json.loads(ended.out)["finish_reason"], json.loads(ended.out)["tokens"]) == ("stop", 1)
 
 
 def test_an_unknown_option_is_a_usage_error(command: Command, folder: Path) -> None:
@@ -372,7 +430,8 @@ def test_a_reader_that_leaves_is_no_error(endless: Path) -> None:
 def test_chat_on_a_terminal(folder: Path, photo: Path) -> None:
     """Commands, a turn with an image, many lines, an error that the chat survives."""
     leader, follower = pty.openpty()
-    process = started("run", folder, "--max-tokens", 6, stdin=follower, stdout=follower, stderr=follower)
+    words = ("run", folder, "--max-tokens", 6, "--logprobs", 2)
+    process = started(*words, stdin=follower, stdout=follower, stderr=follower)
     os.close(follower)
     seen = b""
 
@@ -396,6 +455,7 @@ def test_chat_on_a_terminal(folder: Path, photo: Path) -> None:
     before = until(">>> ")
     assert before.strip() == b"", "attaching asks nothing"
     say("What is it?")
+    until("most likely")
     until(">>> ")
     say("/image nowhere.png")
     until("error: ")

@@ -3,6 +3,7 @@ plain loop, token by token."""
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 
 import pumice
 import tiny
+from pretended import Pretended
 from pumice import Sampling, UserError
 from pumice.engine import Engine, Generation, Limits, Request, archive
 from pumice.engine.cache import Cache, Found, image_names
@@ -288,6 +290,8 @@ def mixture(model: pumice.Model, images: list[Prepared], draw: random.Random) ->
         tiles=draw.randint(1, 3),
     )
     engine = Engine(model.network, limits, positions=draw.choice([160, 224, 480, 4096]))
+    if draw.random() < 0.5:
+        Pretended(draw.choice([0, 3, 20])).eyes_of(engine._eyes)
     pace = engine._pace = Bold(draw)
     beginnings = [draw.choices(images, k=draw.randint(0, 2)) for _ in range(3)]
     waiting = deque()
@@ -370,7 +374,7 @@ def test_images_of_waiting_requests_are_encoded_ahead(
     for feature_bytes, most in ((2**28, 2), (0, 9)):
         passes.clear()
         engine = Engine(model.network, Limits(alone_chunk=16, alone_tiles=8, tiles=8, feature_bytes=feature_bytes))
-        engine._looks_ahead = True
+        Pretended(0).eyes_of(engine._eyes)
         requests = [
             Request(prompt_ids(model, [image], [15]), [image], Sampling(max_tokens=3))
             for image in (*images[:3], images[4])
@@ -381,6 +385,62 @@ def test_images_of_waiting_requests_are_encoded_ahead(
         assert len(passes) <= most
         for generation, request in zip(under_way, requests):
             assert taken(generation) == plain(model, request.ids, request.images, 3)
+
+
+@pytest.mark.parametrize("queries", [5, 6, 7, math.inf])
+def test_rows_gain_tokens_while_tiles_are_encoded(model: pumice.Model, images: list[Prepared], queries: float) -> None:
+    """On a second stream: each step has its token, one look is under way at a time, and its features are taken when
+    they are there, or when nobody would wait for them. There is room for one image's."""
+    limits = Limits(drafts=0, alone_tiles=4, feature_bytes=0)
+    engine, side = Engine(model.network, limits), Pretended(queries)
+    side.eyes_of(engine._eyes)
+    short = engine.submit(Request([5] * 4, [], Sampling(max_tokens=12)))
+    engine.step()
+    under_way = [short] + [
+        engine.submit(Request(prompt_ids(model, [image], [15]), [image], Sampling(max_tokens=3)))
+        for image in images[1:3]
+    ]
+    steps = 0
+    while not side.handed_over:
+        steps += 1
+        engine.step()
+        assert side.looks == 1 or side.handed_over
+        assert len(short.steps) == min(12, 1 + steps)
+    assert steps == 12 if queries == math.inf else 1 < steps < 8
+    while engine.step():
+        pass
+    for generation in under_way:
+        request = generation.request
+        assert generation.error is None
+        assert taken(generation) == plain(model, request.ids, request.images, request.sampling.max_tokens)
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_what_a_look_that_broke_off_has_made_is_not_lost(
+    model: pumice.Model, images: list[Prepared], monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    """Features, which must still be waited for, or tiles."""
+    engine = Engine(model.network, Limits(rows=1 if ahead else 2, alone_tiles=64))
+    Pretended(math.inf).eyes_of(engine._eyes)
+    whole = type(model.network).merge
+
+    def fails(self: object, tiles: torch.Tensor, grid: object) -> torch.Tensor:
+        if grid == images[1].grid:
+            raise MemoryError
+        return whole(self, tiles, grid)
+
+    monkeypatch.setattr(type(model.network), "merge", fails)
+    shown = images[1:3] if ahead else [images[2], images[1]]
+    under_way = [
+        engine.submit(Request(prompt_ids(model, [image], [15]), [image], Sampling(max_tokens=3))) for image in shown
+    ]
+    for _ in range(20):
+        engine.step()
+    monkeypatch.undo()
+    lost, kept = under_way if ahead else under_way[::-1]
+    assert isinstance(lost.error, UserError)
+    assert kept.error is None
+    assert taken(kept) == plain(model, kept.request.ids, kept.request.images, 3)
 
 
 def test_a_cancelled_request_frees_its_pages_at_once(model: pumice.Model, images: list[Prepared]) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pumice.decoding import StopText, TextStream
+from pumice.decoding import StopText
 from pumice.engine import Engine, Generation, Request, Step
 from pumice.engine.form import Form
 from pumice.errors import UserError
 from pumice.question import Seen
+from pumice.tokenizer import Tokenizer
+
+LEAST_LOGPROB = -9999.0
+"""What stands for minus infinity, which JSON does not have; OpenAI's number."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,18 @@ class Timings:
 
 
 @dataclass(frozen=True)
+class Likely:
+    """A token, as text and bytes, and the natural logarithm of its probability (`sampling.Drawn`); `top` are the most
+    likely tokens of its place, from the best down."""
+
+    id: int
+    token: str
+    bytes: tuple[int, ...]
+    logprob: float
+    top: tuple[Likely, ...] = ()
+
+
+@dataclass(frozen=True)
 class Answer:
     """The text, and how it came about. `str(answer)` is the text."""
 
@@ -50,6 +67,8 @@ class Answer:
     timings: Timings
     form: Form | None = None
     """What the answer had to look like."""
+    logprobs: tuple[Likely, ...] = ()
+    """Of each token, where `Sampling.logprobs` asks for it."""
 
     @property
     def value(self) -> Any:
@@ -68,11 +87,11 @@ class Answering:
     """One question under way: its generation, and its answer as far as it has come."""
 
     def __init__(
-        self, engine: Engine, request: Request, seen: Seen, text: TextStream, stops: Sequence[str], prepare_s: float
+        self, engine: Engine, request: Request, seen: Seen, tokenizer: Tokenizer, stops: Sequence[str], prepare_s: float
     ) -> None:
-        """text: of the tokens to come. stops: texts that end the answer. prepare_s: what it took to read the images."""
+        """stops: texts that end the answer. prepare_s: what it took to read the images."""
         self.request, self.seen, self._engine, self._prepare_s = request, seen, engine, prepare_s
-        self._text, self._stops = text, StopText(stops)
+        self._tokenizer, self._text, self._stops = tokenizer, tokenizer.stream(), StopText(stops)
         self._generation: Generation | None = None
         self.steps: list[Step] = []
         self._pieces: list[str] = []
@@ -154,6 +173,18 @@ class Answering:
             self._pieces.append(kept)
         return kept
 
+    def likely(self, start: int = 0) -> tuple[Likely, ...]:
+        """Log-probabilities of the tokens from this one on, where they were asked for."""
+        return tuple(
+            self._told(step.token, step.logprob, tuple(itertools.starmap(self._told, step.top)))
+            for step in self.steps[start:]
+            if step.logprob is not None
+        )
+
+    def _told(self, token: int, logprob: float, top: tuple[Likely, ...] = ()) -> Likely:
+        data = self._tokenizer.bytes_of(token)
+        return Likely(token, data.decode(errors="replace"), tuple(data), max(logprob, LEAST_LOGPROB), top)
+
     def answer(self) -> Answer:
         if not self.steps or self._generation is None:
             raise UserError("there is no answer: its first token never came", hint="the error before says why")
@@ -173,4 +204,5 @@ class Answering:
                 sum(not step.prefill for step in self.steps),
             ),
             form=None if self.request.grammar is None else self.request.grammar.form,
+            logprobs=self.likely(),
         )

@@ -233,8 +233,7 @@ class Model(Prompter):
         stops = question.sampling.stop if question.raw or question.form else (*question.sampling.stop, *own)
         grammar = None if question.form is None else self._grammar(question.form)
         request = Request(seen.encoded.ids, seen.images, question.sampling, grammar)
-        text, prepare_s = self.tokenizer.stream(), time.perf_counter() - started
-        return Answering(self.engine, request, seen, text, stops, prepare_s)
+        return Answering(self.engine, request, seen, self.tokenizer, stops, time.perf_counter() - started)
 
     def _grammar(self, form: Form) -> Grammar:
         """The form compiled for this vocabulary; the last few are kept."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from pumice.cli.paths import images_in, real_path, refuse_mark
 from pumice.cli.terminal import print_error, read_line
+from pumice.cli.tokens import print_likely
 from pumice.conversation import Chat
 from pumice.errors import UserError
 from pumice.image import open_image
@@ -41,13 +42,14 @@ def talk(model: Model, chat: Chat, images: Sequence[str]) -> None:
             if word in COMMANDS or (word.startswith("/") and not images_in(message)[1]):
                 pending = _command(model, chat, message, pending)
             else:
-                pending = _turn(chat, message, pending)
+                pending = _turn(model, chat, message, pending)
         except UserError as error:
             print_error(error)
 
 
-def _turn(chat: Chat, message: str, pending: list[str]) -> list[str]:
-    """Ask, and print the answer as it comes. Returns the images still to be sent: those of a message without words."""
+def _turn(model: Model, chat: Chat, message: str, pending: list[str]) -> list[str]:
+    """Ask, and print the answer as it comes, and what was asked about its tokens. Returns the images still to be sent:
+    those of a message without words."""
     text, named = images_in(message)
     for path in named:
         print(f"Added image '{path}'", file=sys.stderr)
@@ -57,17 +59,19 @@ def _turn(chat: Chat, message: str, pending: list[str]) -> list[str]:
         return images
     refuse_mark(text, "attach images with /image PATH, or name their paths")
     try:
-        for piece in chat.stream(text, images):
+        stream = chat.stream(text, images)
+        for piece in stream:
             print(piece, end="", flush=True)
+        print(flush=True)
+        print_likely(stream.answer.logprobs, model.tokenizer)
     except KeyboardInterrupt:
         print("\n(stopped; this turn is forgotten)", file=sys.stderr)
+        print(flush=True)
     except UserError as error:
         # What the model refuses once it would refuse each time.
         print_error(error)
         if images:
             print("(the images of this turn are dropped)", file=sys.stderr)
-        return []
-    print(flush=True)
     return []
 
 

@@ -22,7 +22,6 @@ MAX_THREADS = 512
 """As there (ggml.h, GGML_MAX_N_THREADS)."""
 RANDOM_SEED = 2**32 - 1
 """What their -1 becomes."""
-LARGEST_BIAS = 100.0
 
 
 @dataclass(frozen=True)
@@ -121,11 +120,13 @@ def _images(text: str) -> tuple[str, ...]:
 
 def _bias(text: str) -> tuple[tuple[int, float], ...]:
     """A token id, a sign and a number. Their infinity, which forbids a token, is the largest bias here."""
+    from pumice.engine.sampling import MAX_BIAS
+
     found = re.fullmatch(r"(\d{1,9})([+-].+)", text)
     if found is None:
         raise ValueError
     bias = float(found[2])
-    return ((int(found[1]), math.copysign(LARGEST_BIAS, bias) if math.isinf(bias) else bias),)
+    return ((int(found[1]), math.copysign(MAX_BIAS, bias) if math.isinf(bias) else bias),)
 
 
 HONOURED = (

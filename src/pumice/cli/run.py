@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pumice.cli import options
+from pumice.cli import options, tokens
 from pumice.cli.options import (
     AsJson,
     Beside,
@@ -46,6 +46,14 @@ Frequency = Annotated[float, typer.Option("--frequency-penalty", help="Above 0: 
 Seed = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same answer.")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the answer; repeat for several.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Longest answer, in tokens.")]
+LogitBias = Annotated[
+    list[str] | None,
+    typer.Option("--logit-bias", metavar="TOKEN=X", help="Add X to a token's score: 822=-100, ' red=5'; repeat."),
+]
+LogProbs = Annotated[
+    int | None,
+    typer.Option("--logprobs", help="Print each token's log-probability and the N likeliest, on stderr.", metavar="N"),
+]
 Schema = Annotated[
     Path | None, typer.Option("--schema", help="A JSON schema in a file; the answer is JSON that keeps to it.")
 ]
@@ -72,6 +80,8 @@ def run(
     seed: Seed = None,
     stop: Stop = None,
     max_tokens: MaxTokens = 512,
+    logit_bias: LogitBias = None,
+    logprobs: LogProbs = None,
     raw: Raw = False,
     template: Template = None,
     preprocess: Preprocess = None,
@@ -94,14 +104,16 @@ def run(
         from pumice.model import load_from
 
         sampling = Sampling(
-            temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ()), max_tokens,
+            temperature, top_k, top_p, min_p, repetition_penalty, seed, stop or (), max_tokens, logprobs=logprobs,
             typical_p=typical_p, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
         )  # fmt: skip
+        biases = tokens.read_biases(logit_bias or [])
         asked = options.question(text, image or [], system=system, raw=raw) if text is not None else None
         form = _form(schema, asked)
         loaded = load_from(
             options.source(model, template, preprocess, beside), dtype=dtype, device=device, gpu_layers=gpu_layers
         )
+        sampling = tokens.biased(sampling, biases, loaded)
         if cache is not None:
             loaded.limit(Limits(cache_dir=cache))
     if asked is None:
@@ -110,11 +122,7 @@ def run(
         talk(loaded, loaded.chat(system=system, sampling=sampling, image_tokens=image_tokens), image or [])
         return
     asked = dataclasses.replace(asked, sampling=sampling, image_tokens=image_tokens, form=form)
-    answer = _tell(loaded, asked, quiet=as_json)
-    if as_json:
-        print(json.dumps(described(answer), ensure_ascii=False))
-    if timings:
-        print(timing_line(answer), file=sys.stderr)
+    _tell(loaded, asked, as_json=as_json, timings=timings)
 
 
 def _form(path: Path | None, asked: Question | None) -> Form | None:
@@ -144,22 +152,27 @@ def _prompt(given: str | None) -> str | None:
     return "\n".join(parts)
 
 
-def _tell(model: Model, question: Question, *, quiet: bool) -> Answer:
-    """Print the answer as it comes."""
+def _tell(model: Model, question: Question, *, as_json: bool, timings: bool) -> None:
+    """Print the answer as it comes or as JSON, and what was asked about it."""
     from pumice.conversation import Stream
 
     stream = Stream(model, question)
     for piece in stream:
-        if not quiet:
+        if not as_json:
             print(piece, end="", flush=True)
-    if not quiet:
+    if as_json:
+        print(json.dumps(described(stream.answer), ensure_ascii=False))
+    else:
         print(flush=True)
-    return stream.answer
+        tokens.print_likely(stream.answer.logprobs, model.tokenizer)
+    if timings:
+        print(timing_line(stream.answer), file=sys.stderr)
 
 
 def described(answer: Answer) -> dict[str, object]:
     """An answer as plain values."""
     seconds = {name: round(value, 4) for name, value in dataclasses.asdict(answer.timings).items()}
+    likely = {"logprobs": [tokens.described(each) for each in answer.logprobs]} if answer.logprobs else {}
     return {
         "text": answer.text,
         "finish_reason": answer.finish_reason,
@@ -168,6 +181,7 @@ def described(answer: Answer) -> dict[str, object]:
         "image_tokens": list(answer.image_tokens),
         "tokens": len(answer.tokens),
         "timings": seconds,
+        **likely,
     }
 
 

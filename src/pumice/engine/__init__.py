@@ -51,8 +51,7 @@ class Engine:
     def __init__(self, network: Llava, limits: Limits | None = None, positions: int | None = None) -> None:
         """positions: what the cache holds, whatever its bytes are."""
         self._network, self._limits = network, (limits := limits or Limits())
-        self._device = network.like.device
-        places = (self._device, network.language_model.norm.weight.device)
+        places = (network.like.device, network.language_model.norm.weight.device)
         elsewhere = [each.type for each in places if each.type != "cpu"]
         if limits.deterministic and elsewhere:
             raise UserError(
@@ -76,8 +75,6 @@ class Engine:
             disk = Disk(limits.cache_dir, limits.disk_bytes)
             self._archive = Archive(disk, model, self._scheduler.cache, self._passes.keys, self._passes.values)
         self._eyes = Eyes(network, limits.feature_bytes, self._archive)
-        self._looks_ahead = self._device.type == "cuda"
-        """Elsewhere several tiles at a time take as long as one after the other."""
         self._generations: dict[Row, Generation] = {}
         self._lock = threading.Lock()
         self._released = threading.Condition(self._lock)
@@ -129,7 +126,7 @@ class Engine:
         their step. Raises UserError where memory lacks."""
         found: list[Tensor] = []
         while len(found) < len(images):
-            next_ = images[len(found) :] if self._looks_ahead else images[len(found) : len(found) + 1]
+            next_ = images[len(found) :] if self._eyes.apart else images[len(found) : len(found) + 1]
             with self._alone():
                 if self._eyes.features(next_[0]) is None:
                     try:
@@ -283,28 +280,31 @@ class Engine:
         return budget < most
 
     def _seen(self, parts: Sequence[Part], decoding: bool) -> list[Part]:
-        """Those parts of prompts whose images were looked at. If some were not, the next tiles of all parts are
-        encoded together."""
+        """Those parts of prompts whose images were looked at. If some were not, the next tiles of all parts are encoded
+        together; where they are `apart`, with those of waiting requests, and no row that decodes waits for them."""
         spans = [(self._generations[part.row], part.row.done, part.row.done + part.count) for part in parts]
         looking = [(generation, unseen) for generation, *span in spans if (unseen := generation.unseen(*span))]
         if looking:
             started = time.perf_counter()
             images = [image for _, unseen in looking for image in unseen]
+            if self._eyes.apart:
+                images += [each for row in self._scheduler.waiting for each in self._generations[row].request.images]
+            free = not decoding or not self._eyes.busy  # before what is ready is taken, so that it does not go
+            self._show(looking, decoding)
             try:
-                self._eyes.look([*images, *self._ahead()], self._limits.tiles_of(decoding))
+                if free:
+                    self._eyes.look(images, self._limits.tiles_of(decoding and not self._eyes.apart))
             except (MemoryError, RuntimeError) as error:
                 self._fail(looking[-1][0], out_of_memory(error))
                 return []
-            for generation, unseen in looking:
+            self._show(looking, decoding)
+            for generation, _ in looking:
                 generation.encode_s += time.perf_counter() - started
-                generation.see({image.digest: self._eyes.features(image) for image in unseen})
         return [part for part, (generation, *span) in zip(parts, spans) if not generation.unseen(*span)]
 
-    def _ahead(self) -> Iterator[Prepared]:
-        """Images of requests that wait."""
-        if self._looks_ahead:
-            for row in self._scheduler.waiting:
-                yield from self._generations[row].request.images
+    def _show(self, looking: Sequence[tuple[Generation, list[Prepared]]], decoding: bool) -> None:
+        for generation, unseen in looking:
+            generation.see({image.digest: self._eyes.features(image, waits=not decoding) for image in unseen})
 
     def _read_parts(self, parts: Sequence[Part]) -> None:
         started = time.perf_counter()

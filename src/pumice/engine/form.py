@@ -79,10 +79,10 @@ class Form:
         """The form that one of four arguments describes; None where none is given.
 
         schema: a pydantic model class (version 2), a JSON schema as a dict or as JSON text, or a form, which is given
-        back; choices: a list of texts;
-        regex: in the syntax of Rust's `regex` crate, for the whole answer, a digit being 0 to 9; grammar: llguidance's
-        Lark dialect with a rule `start`, or llama.cpp's GBNF with a rule `root`. `closed`: where a schema names
-        properties and does not say `additionalProperties`, there are no others, as llama.cpp and so Ollama read one.
+        back; choices: a list of texts; regex: in the syntax of Rust's `regex` crate, for the whole answer, a digit
+        being 0 to 9; grammar: llguidance's Lark dialect with a rule `start`, or llama.cpp's GBNF with a rule `root`.
+        closed: where a schema names properties and does not say `additionalProperties`, there are no others, as
+        llama.cpp and so Ollama read one.
 
         Raises UserError for more than one argument, the wrong type, a JSON-schema word that is not followed (by its
         name), a recursion that no finite value ends, and what is too large.

@@ -15,11 +15,12 @@ class Limits:
     cache_bytes: keys and values, of rows that run and of those that may be asked about again; one row of the model's
     whole length always fits. feature_bytes: features of images. rows: so many requests run at a time. chunk: so many
     positions of a prompt are read in a step, while other rows gain tokens; alone_chunk: while none does. tiles: so many
-    tiles of images are encoded in a step, while other rows gain tokens; alone_tiles: while none does. drafts: so many
-    tokens of a row's own text are tried at once at most, as those that may come next; 0 tries none. cache_dir: where
-    what is known of images is written to, and found again by a later process; None writes nothing. disk_bytes: what
-    that folder may take. deterministic: in types narrower than float32, too, an answer is the same whatever runs beside
-    it and was asked before; passes are cut into small ones of equal size, which takes longer (docs/engine.md).
+    tiles of images are encoded in a step, while other rows gain tokens; alone_tiles: while none does, and always on a
+    CUDA device, where these rows do not wait. drafts: so many tokens of a row's own text are tried at once at most, as
+    those that may come next; 0 tries none. cache_dir: where what is known of images is written to, and found again by a
+    later process; None writes nothing. disk_bytes: what that folder may take. deterministic: in types narrower than
+    float32, too, an answer is the same whatever runs beside it and was asked before; passes are cut into small ones of
+    equal size, which takes longer (docs/engine.md).
     """
 
     cache_bytes: int = 2 * 2**30

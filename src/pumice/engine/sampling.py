@@ -26,6 +26,7 @@ from pumice.errors import UserError, shortened
 
 MAX_STOPS = 64
 MAX_BIASES = 1024
+MAX_BIAS = 100.0
 MAX_LOGPROBS = 20
 """As OpenAI's API has it."""
 AT_ONCE = 64
@@ -124,7 +125,7 @@ def _biases(given: object) -> tuple[tuple[int, float], ...]:
         if not isinstance(pair, tuple) or len(pair) != 2:
             raise UserError(f"logit_bias holds {_said(pair)}", hint="give a dict of token ids and numbers")
         _check("a token of logit_bias", pair[0], 0, 2**31)
-        _check(f"logit_bias of token {pair[0]}", pair[1], -100.0, 100.0)
+        _check(f"logit_bias of token {pair[0]}", pair[1], -MAX_BIAS, MAX_BIAS)
     if len(dict(pairs)) < len(pairs):
         raise UserError("logit_bias names a token twice", hint="give each token once")
     return tuple(sorted(pairs))

@@ -26,9 +26,8 @@ from pumice.server.wire import NDJSON, Fields, Json, Refused, image_bytes, line,
 from pumice.store import Installed, Stored, facts
 
 if TYPE_CHECKING:
-    from pumice.answer import Answer
+    from pumice.answer import Answer, Likely
     from pumice.server.calls import ToolCall
-    from pumice.server.worker import Likely
 
 ROLES = ("system", "user", "assistant", "tool")
 

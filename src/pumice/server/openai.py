@@ -28,8 +28,8 @@ from pumice.server.streams import Streamed, error_object, merged, status_of, unl
 from pumice.server.wire import Fields, Refused
 
 if TYPE_CHECKING:
-    from pumice.answer import Answer
-    from pumice.server.worker import Chunk, Likely
+    from pumice.answer import Answer, Likely
+    from pumice.server.worker import Chunk
 
 MOST_ANSWERS = 16
 FINGERPRINT = "fp_pumice"

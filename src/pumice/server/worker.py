@@ -18,7 +18,7 @@ from pumice.errors import UserError
 from pumice.server.wire import Fault
 
 if TYPE_CHECKING:
-    from pumice.answer import Answer, Answering
+    from pumice.answer import Answer, Answering, Likely
     from pumice.engine import Step
     from pumice.model import Model
     from pumice.server.calls import ToolCall
@@ -29,16 +29,6 @@ BUGS = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryErro
         ValueError)  # fmt: skip
 """What an engine may fail with that is no UserError."""
 GONE = Fault("the model was unloaded", hint="ask again")
-
-
-@dataclass(frozen=True)
-class Likely:
-    """A token, as text and bytes, and the natural logarithm of its probability; what else was likely."""
-
-    token: str
-    bytes: tuple[int, ...]
-    logprob: float
-    top: tuple[Likely, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -181,24 +171,11 @@ class Worker:
         if not ended and _stutters(answering.steps):
             answering.cancel()
             ended = True
-        likely = self._likely(answering.steps[job.told :])
+        likely = answering.likely(job.told)
         job.told, job.ended = len(answering.steps), ended
         if ended:
             return Chunk(text, likely, answering.answer())
         return Chunk(text, likely) if text or likely else None
-
-    def _likely(self, steps: Sequence[Step]) -> tuple[Likely, ...]:
-        found = []
-        for step in steps:
-            if step.logprob is not None:
-                top = tuple(self._told(token, logprob) for token, logprob in step.top)
-                found.append(self._told(step.token, step.logprob, top))
-        return tuple(found)
-
-    def _told(self, token: int, logprob: float, top: tuple[Likely, ...] = ()) -> Likely:
-        data = self._model.tokenizer.bytes_of(token)
-        # JSON has no infinity.
-        return Likely(data.decode("utf-8", errors="replace"), tuple(data), max(logprob, -9999.0), top)
 
 
 def _stutters(steps: Sequence[Step]) -> bool:
