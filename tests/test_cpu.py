@@ -111,11 +111,13 @@ def test_any_bytes_are_blocks(name: str, instruction_set: str) -> None:
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_products_are_near_the_definition(name: str) -> None:
+def test_products_are_near_the_definition(name: str, instruction_set: str) -> None:
     """Rounding activations costs a known part of a percent (docs/kernels.md)."""
-    weight, x_MK = matrix(name, 64, 1024), torch.randn(16, 1024, generator=torch.Generator().manual_seed(2))
-    (y_MN,) = cpu.linears(x_MK, [weight], [None])
-    assert far(y_MN, reference.linear(x_MK, weight.dense(), None)) < 0.02
+    weight, x_MK = matrix(name, 64, 1024), torch.randn(40, 1024, generator=torch.Generator().manual_seed(2))
+    for m in (16, 40):
+        (y_MN,) = cpu.linears(x_MK[:m], [weight], [None])
+        in_tiles = instruction_set == "amx" and m == 40
+        assert far(y_MN, reference.linear(x_MK[:m], weight.dense(), None)) < (0.003 if in_tiles else 0.008)
 
 
 @pytest.mark.parametrize("m", [1, 3, 20, 40])
