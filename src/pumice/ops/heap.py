@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 
 TIDY_S = 5.0
+M_ARENA_MAX = -8
+"""The number of malloc.h."""
 
 
 class Heap:
-    """Gives free memory back to the system now and then. The GNU C library keeps what a thread has freed for that
-    thread: where many threads compute in turn, each holds as much as its largest pass took. Other libraries are left
-    alone."""
+    """Keeps what the process takes near what it uses. The GNU C library lets each thread allocate in a place of its
+    own, and keeps there what was freed: where many threads compute in turn, each place grows to the largest pass and
+    falls to pieces. Here all threads share one from now on, unless MALLOC_ARENA_MAX says otherwise, and what is free
+    goes back to the system now and then. Other libraries are left alone."""
 
     def __init__(self) -> None:
         self._trim: Callable[[int], int] | None = None
         if sys.platform == "linux":
             with suppress(AttributeError):  # musl has none
-                self._trim = ctypes.CDLL(None).malloc_trim
+                library = ctypes.CDLL(None)
+                self._trim = library.malloc_trim
+                if "MALLOC_ARENA_MAX" not in os.environ:
+                    library.mallopt(M_ARENA_MAX, 1)
         self._tidied_s = time.monotonic()
 
     def tidy(self) -> None:
