@@ -26,7 +26,7 @@ from pumice.checkpoints.gguf_vocab import stop_ids, tokenizer
 from pumice.checkpoints.mapped import MappedFile
 from pumice.engine import passes
 from pumice.network.llava import generate
-from pumice.ops import library
+from pumice.ops import cpu, library
 from pumice.prompt import Part
 from pumice.quant import QTensor
 from pumice.train import Recipe, train
@@ -212,9 +212,13 @@ def test_kernels_are_near_the_unrounded_numbers(
     quant: str, tiles: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """Prompt and decode steps on the kernels, with eyes in eight bits, or in bfloat16 where a CPU has tiles: near what
-    the same file gives without these roundings, and with keys as they are the fast loop is the plain one."""
+    the same file gives without these roundings. With keys as they are, and a prompt rounded as its last position is
+    alone, which it is not in tiles, the fast loop is the plain one."""
     monkeypatch.setattr(passes, "cache_type", lambda model: torch.float32)
     monkeypatch.setattr(library, "bf16_tiles", lambda: tiles)
+    if not tiles:
+        number = min(library.instruction_set(), library.INSTRUCTION_SETS["avx512"])
+        monkeypatch.setattr(cpu, "instruction_set", lambda: number)
     folder = tiny.hf_folder(tmp_path / "hf", family="1.6", lm="mistral", seed=6)
     path = pair(folder, tmp_path / "gguf", quant=quant)
     model = pumice.load(path, template="mistral_instruct")
@@ -222,7 +226,8 @@ def test_kernels_are_near_the_unrounded_numbers(
     seen = model.see(question)
     found, answer = logits(model, seen), model.answer(question).tokens
     features = model.features(seen.images)
-    assert list(answer) == list(generate(model.network, seen.encoded.ids, features, FEW.max_tokens))
+    if not tiles:
+        assert list(answer) == list(generate(model.network, seen.encoded.ids, features, FEW.max_tokens))
     matrix = model.network.vision_tower.encoder.layers[0].mlp.fc1.weight
     assert matrix.dtype == torch.bfloat16 if tiles else isinstance(matrix, QTensor)
     request.getfixturevalue("unrounded")
