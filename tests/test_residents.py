@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import sys
 import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -27,10 +29,11 @@ from pumice.server.settings import Settings
 from pumice.server.streams import unless_gone
 from pumice.server.vectors import Wanted, _found
 from pumice.server.wire import Fields, Refused
-from pumice.server.worker import Worker
+from pumice.server.worker import LESS_URGENT, Worker
 from pumice.store import Folder
 
 load = module._load
+TASKS = Path("/proc/self/task")
 
 
 def engines() -> int:
@@ -183,6 +186,24 @@ def test_an_engine_that_breaks_ends_its_answers_and_is_made_afresh(
 
     run(work)
     assert "the engine failed" in caplog.text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a thread has no priority of its own")
+def test_an_engine_is_less_urgent_than_who_takes_its_pieces() -> None:
+    """Its thread, and those of OpenMP that this one starts; nobody else's."""
+
+    def nice() -> dict[int, int]:
+        return {int(each.name): os.getpriority(os.PRIO_PROCESS, int(each.name)) for each in TASKS.iterdir()}
+
+    async def work(residents: Residents) -> None:
+        before = nice()
+        await said(await use(residents))
+        after = nice()
+        assert {each: after[each] for each in before if each in after} == before
+        (engine,) = [each.native_id for each in threading.enumerate() if each.name.startswith("engine of")]
+        assert after[cast(int, engine)] == os.getpriority(os.PRIO_PROCESS, 0) + LESS_URGENT
+
+    run(work)
 
 
 def test_what_takes_long_keeps_no_question_from_being_read() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -193,19 +192,3 @@ def test_the_server_is_light(module: str) -> None:
     code = f"import sys, pumice.server.{module}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-@pytest.mark.parametrize(
-    ("given", "spins"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
-)
-def test_the_engines_threads_sleep_soon_unless_the_environment_says_otherwise(
-    given: dict[str, str], spins: str | None
-) -> None:
-    """It is said before PyTorch comes: OpenMP reads it once."""
-    code = (
-        "import os, sys; from pumice.server.running import share_cores; share_cores()\n"
-        "assert 'torch' not in sys.modules; print(os.environ.get('GOMP_SPINCOUNT'))"
-    )
-    outside = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    done = subprocess.run([sys.executable, "-c", code], env=outside | given, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == str(spins)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sys
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing, suppress
@@ -41,7 +42,7 @@ from pumice.server.guard import Guard
 from pumice.server.loaded import Resident
 from pumice.server.metrics import CONTENT_TYPE
 from pumice.server.residents import BUSY
-from pumice.server.running import share_cores
+from pumice.server.running import SWITCH_S
 from pumice.server.settings import Address, Settings
 from pumice.server.streams import unless_gone
 from pumice.server.wire import Refused
@@ -124,7 +125,7 @@ class Replica:
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Ray awaits it
         if settings.offline:
             offline.enforce()
-        share_cores()
+        sys.setswitchinterval(SWITCH_S)
         self._app = create_app(settings)
         self._bodies = Budget(settings.max_bodies_bytes)
         self._life = AsyncExitStack()

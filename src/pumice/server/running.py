@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import sys
@@ -19,9 +18,6 @@ from pumice.server.settings import Settings
 
 SWITCH_S = 0.0005
 """How long the engine's Python may keep the event loop from running; Python's own 5 ms would stand in each token."""
-SPINS = 10_000
-"""How often a thread of the engine looks for work before it sleeps: for as long as the gaps within a step. GNU's OpenMP
-looks 300000 times, which is milliseconds, on the core that the event loop, a client or another program needs."""
 BACKLOG = 2048
 MACOS_FILES = 10240
 """OPEN_MAX of its <sys/syslimits.h>, beyond which no process may go whatever its limit says."""
@@ -61,14 +57,6 @@ def allow_connections() -> None:
             return
 
 
-def share_cores() -> None:
-    """Leave the cores to the event loop as soon as the engine does not compute. It counts where PyTorch, which comes
-    with the first model, was not imported before; OMP_WAIT_POLICY and GOMP_SPINCOUNT, where they are set, stand."""
-    sys.setswitchinterval(SWITCH_S)
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
-
-
 def serve(settings: Settings) -> None:
     """Answer until a signal comes; then take no more, let answers end, and leave. Raises UserError; see `listening`."""
     if settings.offline:
@@ -88,7 +76,7 @@ def serve(settings: Settings) -> None:
         timeout_graceful_shutdown=max(1, round(settings.drain_s)),
         timeout_keep_alive=75,
     )
-    share_cores()
+    sys.setswitchinterval(SWITCH_S)
     # uvicorn raises a signal again when all is done; it has done its work by then.
     signal.signal(signal.SIGTERM, lambda *_: None)
     print(f"Listening on http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr, flush=True)

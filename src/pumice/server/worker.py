@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -28,6 +30,9 @@ REPEATS = 30
 BUGS = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError,
         ValueError)  # fmt: skip
 """What an engine may fail with that is no UserError."""
+LESS_URGENT = 5
+"""Niceness of the engine's threads (Linux): they keep all cores busy, and who takes a piece of an answer on, here or in
+a client on this machine, would wait until their turn is over."""
 GONE = Fault("the model was unloaded", hint="ask again")
 
 
@@ -116,6 +121,7 @@ class Worker:
             self._wake.notify()
 
     def _run(self) -> None:
+        _step_back()
         end = GONE
         try:
             while self._admit():
@@ -195,3 +201,10 @@ def _put(found: Sequence[tuple[Job, Chunk | UserError]]) -> None:
 def _put_all(found: Sequence[tuple[asyncio.Queue[Chunk | UserError], Chunk | UserError]]) -> None:
     for queue, chunk in found:
         queue.put_nowait(chunk)
+
+
+def _step_back() -> None:
+    """This thread, and those that it starts to compute, are less urgent than the others."""
+    if sys.platform == "linux":  # elsewhere it would be the whole process
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, 0) + LESS_URGENT)
