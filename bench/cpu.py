@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import os
 import platform
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -46,6 +47,8 @@ FLAGS = (
     "sve",
 )
 """The processor's features that kernels for such weights use."""
+PROMPT_LIMITS, TILE_LIMITS = ("int8", "narrow", "tiles"), ("int8", "wide", "fp32", "tiles")
+"""What a prompt and a tile of an image may be bound by."""
 PICTURES = {"1.5": (336, 336), "1.6": (672, 672)}
 """(width, height): a picture of one tile, and one that LLaVA 1.6 sees in five."""
 ROWS = {
@@ -83,18 +86,19 @@ def main() -> None:
     names = chosen.peers or peers.peers(job)
     program = limits.build(models)
     samples: Samples = defaultdict(list)
-    measured: list[Limits] = []
+    measured: dict[str, list[Limits]] = defaultdict(list)
     before = os.getloadavg()[0]
     for round in range(chosen.rounds):
         for phase in chosen.phases:
             if program is not None:
-                measured.append(limits.measure(program, chosen.threads, chosen.read_bytes))
+                measured[phase].append(limits.measure(program, chosen.threads, chosen.read_bytes))
             for peer in names:
                 for name, value in peers.figures(peer, phase, job).items():
                     samples[phase, name, peer].append(value)
                 print(f"round {round + 1}: {phase}, {peer}", file=sys.stderr)
     head = _head(chosen, job, names, before)
-    text = "\n".join([*head, *_table(samples, names, _bounds(job, measured)), "", *_limits(measured)]) + "\n"
+    every = list(itertools.chain(*measured.values()))
+    text = "\n".join([*head, *_table(samples, names, _bounds(job, measured)), "", *_limits(every)]) + "\n"
     chosen.output.write_text(text, encoding="utf-8")
     print(text)
 
@@ -161,24 +165,24 @@ def read_bytes(shape: random_models.Shape, mix: str) -> int:
     return sum(sizes.values()) - sizes["token_embd.weight"]
 
 
-def _bounds(job: Job, measured: Sequence[Limits]) -> dict[tuple[str, str], dict[str, float]]:
-    """For each figure its best possible value by each limit that binds it, under the limit's name."""
-    if not measured:
-        return {}
+def _bounds(job: Job, measured: Mapping[str, Sequence[Limits]]) -> dict[tuple[str, str], dict[str, float]]:
+    """For each figure its best possible value by each limit that binds it, under the limit's name. measured: limits
+    before each phase; those before its own count, since a machine that others share is now faster, now slower."""
     shape, mix = random_models.SHAPES[job.shape], job.model.stem.partition("-")[2]
-    middle = {name: statistics.median(vars(each)[name] for each in measured) for name in limits.MEANING}
-    compute = [name for name in ("int8", "narrow", "tiles") if middle[name]]
-    found: dict[tuple[str, str], dict[str, float]] = {
-        ("decode", "tokens_per_s"): {"read": middle["read"] / read_bytes(shape, mix)},
-        ("image-1.5", "encode_s"): {
-            name: tile_ops(shape.vision, shape.text.width) / middle[name]
-            for name in ("int8", "wide", "fp32", "tiles")
-            if middle[name]
-        },
-    }
-    for tokens in (576, 2880):
-        ops = prefill_ops(shape.text, tokens)
-        found[f"prefill-{tokens}", "tokens_per_s"] = {name: tokens * middle[name] / ops for name in compute}
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for phase, those in measured.items():
+        middle = {name: statistics.median(vars(each)[name] for each in those) for name in limits.MEANING}
+        there = {name: value for name, value in middle.items() if value}
+        if phase == "decode":
+            weights = read_bytes(shape, mix)
+            found[phase, "tokens_per_s"] = {name: middle[name] / weights for name in ("read", "mapped")}
+        elif phase == "image-1.5":
+            ops = tile_ops(shape.vision, shape.text.width)
+            found[phase, "encode_s"] = {name: ops / there[name] for name in TILE_LIMITS if name in there}
+        elif phase.startswith("prefill"):
+            tokens = int(phase.partition("-")[2])
+            rate = tokens / prefill_ops(shape.text, tokens)
+            found[phase, "tokens_per_s"] = {name: rate * there[name] for name in PROMPT_LIMITS if name in there}
     return found
 
 
@@ -220,6 +224,7 @@ def _ratio(found: dict[str, list[float]], peer: str, figure: str) -> str:
 
 
 def _limits(measured: Sequence[Limits]) -> list[str]:
+    """All of them together."""
     if not measured:
         return ["The limits of the machine were not measured: there is no C++ compiler."]
     lines = ["| limit | median | least | most |", "|---|---|---|---|"]

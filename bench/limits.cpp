@@ -36,13 +36,15 @@ template <class Work> double best_s(int tries, Work work) {
     return best;
 }
 
-// Large pages where they can be had: with small ones it is the finding of pages that is measured.
-std::unique_ptr<uint64_t, decltype(&std::free)> memory_of(size_t bytes) {
+// Large pages where they can be had, or small ones, as those of a mapped file: then the finding of pages is measured too.
+std::unique_ptr<uint64_t, decltype(&std::free)> memory_of(size_t bytes, bool small_pages) {
     const size_t large = size_t(2) << 20;
     void *at = std::aligned_alloc(large, (bytes + large - 1) / large * large);
     if (at == nullptr) std::exit(1);
 #if defined(MADV_HUGEPAGE)
-    madvise(at, bytes, MADV_HUGEPAGE);
+    madvise(at, bytes, small_pages ? MADV_NOHUGEPAGE : MADV_HUGEPAGE);
+#else
+    (void)small_pages;
 #endif
     return {(uint64_t *)at, &std::free};
 }
@@ -55,9 +57,9 @@ uint64_t sum_of(const uint64_t *word, int64_t words, int threads) {
     return sum;
 }
 
-double read_bytes_per_s(int threads, size_t bytes) {
+double read_bytes_per_s(int threads, size_t bytes, bool small_pages) {
     const int64_t words = int64_t(bytes / 8);
-    const auto data = memory_of(bytes);
+    const auto data = memory_of(bytes, small_pages);
     uint64_t *const word = data.get();
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < words; ++i) word[i] = uint64_t(i);
@@ -199,8 +201,10 @@ double per_s(int threads, double (*work)()) {
 }
 
 int main(int, char **argv) {
-    int threads = std::atoi(argv[1]);
-    std::printf("{\"read\": %.6g, ", read_bytes_per_s(threads, std::strtoull(argv[2], nullptr, 10)));
+    const int threads = std::atoi(argv[1]);
+    const size_t bytes = std::strtoull(argv[2], nullptr, 10);
+    std::printf("{\"read\": %.6g, ", read_bytes_per_s(threads, bytes, false));
+    std::printf("\"mapped\": %.6g, ", read_bytes_per_s(threads, bytes, true));
     std::printf("\"fp32\": %.6g, ", per_s(threads, float_work));
     std::printf("\"int8\": %.6g, ", per_s(threads, int8_work));
     std::printf("\"narrow\": %.6g, ", per_s(threads, narrow_work));

@@ -12,6 +12,7 @@ READ_BYTES = 1_500_000_000
 """More than any cache holds."""
 MEANING = {
     "read": "memory is read, GB/s",
+    "mapped": "the same in small pages, as a mapped file has them, GB/s",
     "fp32": "float32 multiply-adds, Gop/s",
     "int8": "byte products summed in 32 bits, Gop/s",
     "narrow": "four-bit by byte products summed in 16 bits, Gop/s",
@@ -25,6 +26,7 @@ class Limits:
     """Bytes or operations a second; 0 where the processor has no such instruction that the program knows."""
 
     read: float
+    mapped: float
     fp32: float
     int8: float
     narrow: float
