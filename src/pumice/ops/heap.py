@@ -17,16 +17,17 @@ M_ARENA_MAX = -8
 class Heap:
     """Keeps what the process takes near what it uses. The GNU C library lets each thread allocate in a place of its
     own, and keeps there what was freed: where many threads compute in turn, each place grows to the largest pass and
-    falls to pieces. Here all threads share one from now on, unless MALLOC_ARENA_MAX says otherwise, and what is free
-    goes back to the system now and then. Other libraries are left alone."""
+    falls to pieces. No further place is made from now on, if there are at most eight, unless the environment says
+    otherwise; and what is free goes back to the system now and then. Other libraries are left alone."""
 
     def __init__(self) -> None:
         self._trim: Callable[[int], int] | None = None
+        told = "MALLOC_ARENA_MAX" in os.environ or "arena_max" in os.environ.get("GLIBC_TUNABLES", "")
         if sys.platform == "linux":
             with suppress(AttributeError):  # musl has none
                 library = ctypes.CDLL(None)
                 self._trim = library.malloc_trim
-                if "MALLOC_ARENA_MAX" not in os.environ:
+                if not told:
                     library.mallopt(M_ARENA_MAX, 1)
         self._tidied_s = time.monotonic()
 

@@ -156,7 +156,9 @@ def instruction_set() -> int:
     if name not in INSTRUCTION_SETS:
         raise UserError(f"PUMICE_CPU is {name!r}, which is no instruction set", hint=nearest(name, INSTRUCTION_SETS))
     if INSTRUCTION_SETS[name] > best:
-        raise UserError(f"PUMICE_CPU is {name!r}, which this CPU does not have", hint="leave it out")
+        raise UserError(
+            f"PUMICE_CPU is {name!r}, which this CPU, its system or this build does not have", hint="leave it out"
+        )
     return INSTRUCTION_SETS[name]
 
 

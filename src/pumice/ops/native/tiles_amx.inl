@@ -65,7 +65,8 @@ template <Format F> struct TilePanel {
     }
 };
 
-// The tile registers of this thread as the kernel wants them: all of 16 rows of 64 bytes. What others had set comes back.
+// The tile registers of this thread as the kernel wants them: all of 16 rows of 64 bytes. The settings of others come back,
+// not what their tiles held.
 class TileRegisters {
     struct alignas(64) Settings {
         uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -102,6 +103,7 @@ inline void put_in_tiles(const Activations& x, int64_t chunk, int64_t r, const f
 // c += the products of 32 rows of activations, or the first 16 of them, with a panel's chunk of `steps` times 32 channels.
 template <bool both> inline void multiply(const uint16_t* x, const uint16_t* w, int steps, int64_t chunk_tile, float* c) {
     constexpr int stride = PANEL * 4;
+    asm volatile("" : : : "memory");  // GCC's intrinsics do not say that they read memory
     _tile_loadd(0, c, stride);
     _tile_loadd(1, c + TILE, stride);
     if constexpr (both) {
@@ -129,7 +131,7 @@ template <bool both> inline void multiply(const uint16_t* x, const uint16_t* w, 
 }
 
 // `panels`, in tiles. `c` has room for TILED_TOGETHER * rows_in_tiles(x.m) * PANEL sums.
-template <Format F> void tiles(const Matrix& w, const Activations& x, int64_t first, int64_t last, float* c) {
+template <Format F> __attribute__((noinline)) void tiles(const Matrix& w, const Activations& x, int64_t first, int64_t last, float* c) {
     TilePanel<F> panel[TILED_TOGETHER];
     const TileRegisters registers;
     const int64_t m = rows_in_tiles(x.m);
