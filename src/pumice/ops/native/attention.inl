@@ -1,14 +1,20 @@
 // Attention over pages of keys and values: of few queries one by one, of many in blocks.
 
-template <class T> inline float dot(const float* q, const T* k, int64_t width) {
-    V sum[2] = {all(0), all(0)};
+// score[h] = q k of each of H queries.
+template <int H, class T> inline void dots(const float* const (&q)[H], const T* k, int64_t width, float (&score)[H]) {
+    V sum[H][2];
+    for (int h = 0; h < H; h++) sum[h][0] = sum[h][1] = all(0);
     int64_t i = 0;
     for (; i + 2 * WIDTH <= width; i += 2 * WIDTH) {
-        sum[0] = fma(load(q + i), load(k + i), sum[0]);
-        sum[1] = fma(load(q + i + WIDTH), load(k + i + WIDTH), sum[1]);
+        const V first = load(k + i), second = load(k + i + WIDTH);
+        for (int h = 0; h < H; h++) {
+            sum[h][0] = fma(load(q[h] + i), first, sum[h][0]);
+            sum[h][1] = fma(load(q[h] + i + WIDTH), second, sum[h][1]);
+        }
     }
-    for (; i < width; i += WIDTH) sum[0] = fma(load(q + i), load(k + i), sum[0]);
-    return lanes_sum(add(sum[0], sum[1]));
+    for (; i < width; i += WIDTH)
+        for (int h = 0; h < H; h++) sum[h][0] = fma(load(q[h] + i), load(k + i), sum[h][0]);
+    for (int h = 0; h < H; h++) score[h] = lanes_sum(add(sum[h][0], sum[h][1]));
 }
 
 // Where one query looks: positions `first` to `last` of a row, of which `seen`, if there is one, allows some.
@@ -36,56 +42,117 @@ inline Sight sight_of(const Attention& a, int64_t row, int64_t shared, int64_t t
     return sight;
 }
 
-// One query head: softmax(q k / sqrt(width)) v. `score` has room for all positions.
-template <class T>
-inline void attend(const Pages& pages, const Sight& sight, const float* q, int64_t width, float* score, float* out) {
-    const float scale = 1 / sqrtf(float(width));
-    float top = -INFINITY;
-    const int64_t count = sight.last - sight.first;
-    for (int64_t i = 0; i < count; i++) {
-        const int64_t s = sight.first + i;
-        const bool hidden = sight.seen && !sight.seen[s];
-        score[i] = hidden ? -INFINITY : dot(q, sight.at<T>(pages.keys, pages, s), width) * scale;
-        top = score[i] > top ? score[i] : top;
-    }
-    float sum = 0;
-    for (int64_t i = 0; i < count; i += WIDTH) {
-        float some[WIDTH];
-        for (int j = 0; j < WIDTH; j++) some[j] = i + j < count ? score[i + j] - top : 0;
-        store(some, exponential(load(some)));
-        for (int j = 0; j < WIDTH && i + j < count; j++) {
-            score[i + j] = score[i + j] == -INFINITY ? 0 : some[j];
-            sum += score[i + j];
+// Calls step(i, k) for each position of a sight, the i-th and where it lies. Those of the next stretch are called for meanwhile, as
+// no CPU foresees pages; behind the last `next` is.
+template <class T, class Step>
+inline void each_position(const void* base, const Pages& p, const Sight& sight, int64_t width, const T* next, const Step& step) {
+    constexpr int64_t STRETCH = 32;
+    for (int64_t s = sight.first; s < sight.last;) {
+        const int64_t page_end = s - s % p.page + p.page, wanted = s + STRETCH < page_end ? s + STRETCH : page_end;
+        const int64_t to = wanted < sight.last ? wanted : sight.last;
+        const T* at = sight.at<T>(base, p, s);
+        const T* later = to < sight.last ? sight.at<T>(base, p, to) : next;
+        for (; s < to; s++, at += p.token_stride, later += p.token_stride) {
+            for (int64_t i = 0; i < width; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(later + i, 0, 2);
+            step(s - sight.first, at);
         }
-    }
-    for (int64_t i = 0; i < width; i++) out[i] = 0;
-    for (int64_t i = 0; i < count; i++) {
-        if (score[i] == 0) continue;
-        const T* v = sight.at<T>(pages.values, pages, sight.first + i);
-        const V weight = all(score[i] / sum);
-        for (int64_t e = 0; e < width; e += WIDTH) store(out + e, fma(weight, load(v + e), load(out + e)));
     }
 }
 
-// Each (row, key head) is one piece of work: the queries of its group read the same keys. `scores`: threads x positions.
+// out[h] = the sum of VS vectors of each value, from channel `first` on, in the weights of each of H queries.
+template <int H, int VS, class T>
+inline void weighted_sums(const Pages& pages, const Sight& sight, const float* const (&weight)[H], int64_t first, int64_t width,
+                          float* const (&out)[H]) {
+    V sum[H][VS];
+    for (int h = 0; h < H; h++)
+        for (int j = 0; j < VS; j++) sum[h][j] = all(0);
+    const T* next_head = sight.at<T>(pages.keys, pages, sight.first) + pages.head_stride;
+    each_position<T>(pages.values, pages, sight, first == 0 ? width : 0, next_head, [&](int64_t i, const T* v) {
+        if (sight.seen && !sight.seen[sight.first + i]) return;
+        V value[VS];
+        for (int j = 0; j < VS; j++) value[j] = load(v + first + j * WIDTH);
+        for (int h = 0; h < H; h++)
+            for (int j = 0; j < VS; j++) sum[h][j] = fma(all(weight[h][i]), value[j], sum[h][j]);
+    });
+    for (int h = 0; h < H; h++)
+        for (int j = 0; j < VS; j++) store(out[h] + first + j * WIDTH, sum[h][j]);
+}
+
+// So many of anything in whole vectors.
+inline int64_t in_vectors(int64_t count) { return (count + WIDTH - 1) / WIDTH * WIDTH; }
+
+// Scores become weights: e^score, and their sum is 1. Vectors are whole.
+inline void softmax(float* score, int64_t count) {
+    for (int64_t i = count; i < in_vectors(count); i++) score[i] = -INFINITY;
+    V high = load(score), sum = all(0);
+    for (int64_t i = WIDTH; i < count; i += WIDTH) high = most(load(score + i), high);
+    float lanes[WIDTH], top = -INFINITY;
+    store(lanes, high);
+    for (const float lane : lanes) top = lane > top ? lane : top;
+    for (int64_t i = 0; i < count; i += WIDTH) {
+        const V weight = exponential(add(load(score + i), all(-top)));
+        store(score + i, weight);
+        sum = add(sum, weight);
+    }
+    const V share = all(1 / lanes_sum(sum));
+    for (int64_t i = 0; i < count; i += WIDTH) store(score + i, mul(load(score + i), share));
+}
+
+// Query heads that read the same keys and values at once, and sums that fit into registers beside them.
+constexpr int QUERIES = 4, SUMS = WIDTH == 16 ? 16 : 8;
+
+// H query heads of one key head: softmax(q k / sqrt(width)) v. `scores` has room for all positions of each; q and out of the next
+// head lie behind those of one, `q_stride` and width apart.
+template <int H, class T>
+inline void attend(const Pages& pages, const Sight& sight, const float* q, int64_t q_stride, int64_t width, float* scores, float* out) {
+    const float scale = 1 / sqrtf(float(width));
+    const int64_t count = sight.last - sight.first;
+    const float *qs[H], *weights[H];
+    float *score[H], *outs[H];
+    for (int h = 0; h < H; h++) {
+        qs[h] = q + h * q_stride;
+        outs[h] = out + h * width;
+        weights[h] = score[h] = scores + h * in_vectors(count);
+    }
+    const T* values = sight.at<T>(pages.values, pages, sight.first);
+    each_position<T>(pages.keys, pages, sight, width, values, [&](int64_t i, const T* k) {
+        float product[H];
+        dots<H>(qs, k, width, product);
+        const bool hidden = sight.seen && !sight.seen[sight.first + i];
+        for (int h = 0; h < H; h++) score[h][i] = hidden ? -INFINITY : product[h] * scale;
+    });
+    for (int h = 0; h < H; h++) softmax(score[h], count);
+    constexpr int VS = SUMS / H < 8 ? SUMS / H : 8;
+    int64_t e = 0;
+    for (; e + VS * WIDTH <= width; e += VS * WIDTH) weighted_sums<H, VS, T>(pages, sight, weights, e, width, outs);
+    for (; e < width; e += WIDTH) weighted_sums<H, 1, T>(pages, sight, weights, e, width, outs);
+}
+
+// All query heads of one key head, some at once.
+template <class T>
+inline void attend_all(const Pages& pages, const Sight& sight, const float* q, int64_t q_stride, int64_t heads, int64_t width,
+                       float* scores, float* out) {
+    for (int64_t at_once; heads > 0; heads -= at_once, q += at_once * q_stride, out += at_once * width) {
+        at_once = heads >= QUERIES ? QUERIES : heads >= 2 ? 2 : 1;
+        const auto attend_some = at_once == QUERIES ? attend<QUERIES, T> : at_once == 2 ? attend<2, T> : attend<1, T>;
+        attend_some(pages, sight, q, q_stride, width, scores, out);
+    }
+}
+
+// Each (row, key head) is one piece of work: the queries of its group read the same keys. `scores`: threads x QUERIES x positions in whole vectors.
 inline void attention_of_few(const Attention& a, int threads, float* scores) {
     const int64_t group = a.heads / a.kv_heads;
+    const auto attend_heads = a.pages.type == OF_FLOAT  ? attend_all<float>
+                              : a.pages.type == OF_HALF ? attend_all<Half>
+                                                        : attend_all<Bfloat>;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (a.rows * a.heads * a.positions > 2048)
     for (int64_t piece = 0; piece < a.rows * a.kv_heads; piece++) {
-        const int64_t row = piece / a.kv_heads, shared = piece % a.kv_heads;
-        float* score = scores + int64_t(omp_get_thread_num()) * a.positions;
+        const int64_t row = piece / a.kv_heads, shared = piece % a.kv_heads, head = shared * group;
+        float* score = scores + int64_t(omp_get_thread_num()) * QUERIES * in_vectors(a.positions);
         for (int64_t t = 0; t < a.tokens; t++) {
-            const Sight sight = sight_of(a, row, shared, t);
-            for (int64_t head = shared * group; head < (shared + 1) * group; head++) {
-                const float* q = a.q + row * a.q_row_stride + head * a.q_head_stride + t * a.q_token_stride;
-                float* out = a.out + ((row * a.tokens + t) * a.heads + head) * a.head_width;
-                if (a.pages.type == OF_FLOAT)
-                    attend<float>(a.pages, sight, q, a.head_width, score, out);
-                else if (a.pages.type == OF_HALF)
-                    attend<Half>(a.pages, sight, q, a.head_width, score, out);
-                else
-                    attend<Bfloat>(a.pages, sight, q, a.head_width, score, out);
-            }
+            const float* q = a.q + row * a.q_row_stride + head * a.q_head_stride + t * a.q_token_stride;
+            float* out = a.out + ((row * a.tokens + t) * a.heads + head) * a.head_width;
+            attend_heads(a.pages, sight_of(a, row, shared, t), q, a.q_head_stride, group, a.head_width, score, out);
         }
     }
 }
@@ -107,7 +174,7 @@ struct QueryBlock {
 
 // The memory of `attention`, in floats.
 inline int64_t attention_floats(const Attention& a, int threads) {
-    return threads * (a.tokens > FEW_QUERIES ? QueryBlock::floats(a.head_width) : a.positions);
+    return threads * (a.tokens > FEW_QUERIES ? QueryBlock::floats(a.head_width) : QUERIES * in_vectors(a.positions));
 }
 
 // c = a b, or c += a b: MR rows of a and c, VS vectors of the columns of b and c.

@@ -4,9 +4,7 @@
 // panel.inl. TILED_ROWS and more, where the set has tiles: see tiles_amx.inl.
 
 // Up to so many rows of activations a panel costs more to make than it saves.
-constexpr int FEW_ROWS = 4;
-// Up to so many a panel is filled and met alone: what is read then weighs more than tiles that two panels share.
-constexpr int ALONE = 12;
+constexpr int FEW_ROWS = 2;
 // Rows of weights that a thread takes at a time when they are few.
 constexpr int64_t SPAN = 64;
 
@@ -91,7 +89,7 @@ inline int64_t scratch_bytes(int64_t m, int64_t k, int threads) {
 // So many rows of weights a thread takes at a time, of all these: not so many that some threads get none.
 inline int64_t span_of(int64_t m, int64_t rows, int threads) {
     if (!are_many(m)) return SPAN;
-    int64_t panels = are_tiled(m) ? TILED_TOGETHER : m > ALONE ? TOGETHER : 1;
+    int64_t panels = are_tiled(m) ? TILED_TOGETHER : m > STREAMED ? TOGETHER : STREAMED_PANELS;
     while (panels > 1 && rows < 4 * threads * panels * PANEL) panels /= 2;
     return panels * PANEL;
 }

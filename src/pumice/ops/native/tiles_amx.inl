@@ -136,10 +136,11 @@ template <Format F> __attribute__((noinline)) void tiles(const Matrix& w, const 
     const TileRegisters registers;
     const int64_t m = rows_in_tiles(x.m);
     const int count_of_panels = int((last - first + PANEL - 1) / PANEL);
+    const auto rows_of = [&](int p) { return PanelRows{first + p * PANEL, 1, last}; };
     memset(c, 0, size_t(count_of_panels * m) * PANEL * sizeof(float));
     for (int64_t chunk = 0; chunk < x.chunks; chunk++) {
         const int count = x.count(chunk);
-        for (int p = 0; p < count_of_panels; p++) fill<F>(panel[p], w, first + p * PANEL, chunk, count);
+        for (int p = 0; p < count_of_panels; p++) fill<F>(panel[p], w, rows_of(p), chunk, count);
         NextChunk next(w, first, last, chunk + 1 < x.chunks ? (chunk + 1) * chunk_bytes<F>(CHUNK) : -1);
         for (int64_t r = 0; r < x.m; r += 2 * TILE) {
             next.bring<int(chunk_bytes<F>(CHUNK))>((r + 2 * TILE) * (last - first) / m);
@@ -150,5 +151,5 @@ template <Format F> __attribute__((noinline)) void tiles(const Matrix& w, const 
             }
         }
     }
-    for (int p = 0; p < count_of_panels; p++) give(w, first + p * PANEL, x.m, c + p * m * PANEL);
+    for (int p = 0; p < count_of_panels; p++) give(w, rows_of(p), x.m, c + p * m * PANEL);
 }
