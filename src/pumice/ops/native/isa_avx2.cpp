@@ -19,6 +19,7 @@ constexpr int TILED_ROWS = 0;
 #include "eight_avx2.inl"
 #include "rows.inl"
 #include "rows_avx2.inl"
+#include "wanted.inl"
 #include "micro_avx2.inl"
 #include "panel.inl"
 #include "matmul.inl"

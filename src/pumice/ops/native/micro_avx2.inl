@@ -21,6 +21,9 @@ template <Format F> constexpr int centre = F == Q3_K ? 4 : F == Q4_0 ? 8 : F == 
 template <Format F> constexpr int top_scale = Traits<F>::bits == 8 ? 1 << 14 : F == Q5_1 ? 2047 : 4095;
 constexpr int TOP_MIN = 32767;
 
+// Turns of `Wanted` in a tile.
+template <Format F> constexpr int turns_of_tile = 1;
+
 constexpr int tile_rows_of(Layout) { return 4; }
 
 inline Layout layout_of_many(int32_t format) {
@@ -191,7 +194,8 @@ template <Format F, int MR> __attribute__((noinline)) void totals(const PanelChu
 }
 
 // c += the products of a tile of MR rows of activations with a panel's chunk.
-template <Format F, int MR> inline void tile(const PanelChunk<F>& w, int, const TileRows& x, float* c) {
+template <Format F, int MR> inline void tile(const PanelChunk<F>& w, int, const TileRows& x, Wanted& wanted, float* c) {
+    wanted.some<F>();
     alignas(64) int32_t total[MR][PANEL];
     totals<F, MR>(w, x.level, total[0]);
     for (int v = 0; v < 2; v++) {

@@ -5,6 +5,9 @@
 
 constexpr int PANEL = 32;
 
+// Turns of `Wanted` in a tile.
+template <Format F> constexpr int turns_of_tile = CHUNK / Traits<F>::sub;
+
 constexpr int tile_rows_of(Layout layout) { return layout == BY_32 ? 6 : 4; }
 
 inline Layout layout_of_many(int32_t format) { return format >= Q2_K && format <= Q6_K ? BY_256 : BY_32; }
@@ -68,7 +71,7 @@ inline __attribute__((always_inline)) void products(const uint8_t* w, const int8
 }
 
 // c += the products of a tile of MR rows of activations with a panel's chunk.
-template <Format F, int MR> inline void tile(const PanelChunk<F>& w, int subs, const TileRows& x, float* c) {
+template <Format F, int MR> inline void tile(const PanelChunk<F>& w, int subs, const TileRows& x, Wanted& wanted, float* c) {
     __m512 y[MR][2];
     if constexpr (Traits<F>::whole) {
         constexpr int steps = Traits<F>::sub / 4;
@@ -76,6 +79,7 @@ template <Format F, int MR> inline void tile(const PanelChunk<F>& w, int subs, c
         for (int j = 0; j < CHUNK / Traits<F>::sub; j++) {
             __m512i sum[MR][2];
             for (int r = 0; r < MR; r++) sum[r][0] = sum[r][1] = _mm512_setzero_si512();
+            wanted.some<F>();
             products<MR, steps>(w.level[j * steps][0], x.level + j * steps * MR * 4, sum);
             for (int v = 0; v < 2; v++) {
                 const __m512 scale = _mm512_load_ps(w.scale[j] + 16 * v);
@@ -100,6 +104,7 @@ template <Format F, int MR> inline void tile(const PanelChunk<F>& w, int subs, c
         for (int j = 0; j < subs; j++) {
             __m512i sum[MR][2];
             for (int r = 0; r < MR; r++) sum[r][0] = sum[r][1] = _mm512_set1_epi32(-middle<F> * x.sums<32>(r)[j]);
+            wanted.some<F>();
             products<MR, 8>(w.level[8 * j][0], x.level + 8 * j * MR * 4, sum);
             for (int v = 0; v < 2; v++) {
                 const __m512 scale = _mm512_load_ps(w.scale[j] + 16 * v), offset = _mm512_load_ps(w.offset[j] + 16 * v);

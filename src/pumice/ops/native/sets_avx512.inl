@@ -9,6 +9,7 @@ constexpr int SIDE_BY_SIDE = 4;
 #include "eight_avx2.inl"
 #include "rows.inl"
 #include "rows_avx512.inl"
+#include "wanted.inl"
 #include "micro_avx512.inl"
 #include "panel.inl"
 #include "matmul.inl"

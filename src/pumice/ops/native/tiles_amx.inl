@@ -141,9 +141,9 @@ template <Format F> __attribute__((noinline)) void tiles(const Matrix& w, const 
     for (int64_t chunk = 0; chunk < x.chunks; chunk++) {
         const int count = x.count(chunk);
         for (int p = 0; p < count_of_panels; p++) fill<F>(panel[p], w, rows_of(p), chunk, count);
-        NextChunk next(w, first, last, chunk + 1 < x.chunks ? (chunk + 1) * chunk_bytes<F>(CHUNK) : -1);
+        Wanted wanted(next_chunk<F>(w, first, last, chunk, x.chunks), w.row_bytes, last - first, m / (2 * TILE));
         for (int64_t r = 0; r < x.m; r += 2 * TILE) {
-            next.bring<int(chunk_bytes<F>(CHUNK))>((r + 2 * TILE) * (last - first) / m);
+            wanted.some<F>();
             for (int p = 0; p < count_of_panels; p++) {
                 float* sums = c + (p * m + r) * PANEL;
                 const auto product = x.m - r > TILE ? multiply<true> : multiply<false>;
