@@ -88,7 +88,8 @@ def test_a_row_is_the_same_beside_any_others(name: str, instruction_set: str) ->
     nothing."""
     x_MK = torch.randn(66, 768, generator=torch.Generator().manual_seed(11))
     weight = matrix(name, 37, 768)
-    more = ((3, 4, 6, 13, 31), (32, 33, 48, 49, 66)) if instruction_set == "amx" else ((3, 4, 5, 6, 7, 8, 12, 13, 31, 32, 40),)
+    tiled = instruction_set == "amx"
+    more = ((3, 4, 6, 13, 31), (32, 33, 48, 49, 66)) if tiled else ((3, 4, 5, 6, 7, 8, 12, 13, 31, 32, 40),)
     for counts in ((1, 2), *more):
         (most_MN,) = cpu.linears(x_MK[: counts[-1]], [weight], [None])
         for m in counts:

@@ -42,8 +42,8 @@ inline Sight sight_of(const Attention& a, int64_t row, int64_t shared, int64_t t
     return sight;
 }
 
-// Calls step(i, k) for each position of a sight, the i-th and where it lies. Those of the next stretch are called for meanwhile, as
-// no CPU foresees pages; behind the last `next` is.
+// Calls step(i, k) for each position of a sight, the i-th and where it lies. Those of the next stretch are called for
+// meanwhile, as no CPU foresees pages; behind the last `next` is.
 template <class T, class Step>
 inline void each_position(const void* base, const Pages& p, const Sight& sight, int64_t width, const T* next, const Step& step) {
     constexpr int64_t STRETCH = 32;
@@ -101,10 +101,11 @@ inline void softmax(float* score, int64_t count) {
 // Query heads that read the same keys and values at once, and sums that fit into registers beside them.
 constexpr int QUERIES = 4, SUMS = WIDTH == 16 ? 16 : 8;
 
-// H query heads of one key head: softmax(q k / sqrt(width)) v. `scores` has room for all positions of each; q and out of the next
-// head lie behind those of one, `q_stride` and width apart.
+// H query heads of one key head: softmax(q k / sqrt(width)) v. `scores` has room for all positions of each; q and out of the
+// next head lie behind those of one, `q_stride` and width apart.
 template <int H, class T>
-inline void attend(const Pages& pages, const Sight& sight, const float* q, int64_t q_stride, int64_t width, float* scores, float* out) {
+inline void attend(const Pages& pages, const Sight& sight, const float* q, int64_t q_stride, int64_t width, float* scores,
+                   float* out) {
     const float scale = 1 / sqrtf(float(width));
     const int64_t count = sight.last - sight.first;
     const float *qs[H], *weights[H];
@@ -139,7 +140,8 @@ inline void attend_all(const Pages& pages, const Sight& sight, const float* q, i
     }
 }
 
-// Each (row, key head) is one piece of work: the queries of its group read the same keys. `scores`: threads x QUERIES x positions in whole vectors.
+// Each (row, key head) is one piece of work: the queries of its group read the same keys. `scores`: for each thread and
+// QUERIES heads the positions, in whole vectors.
 inline void attention_of_few(const Attention& a, int threads, float* scores) {
     const int64_t group = a.heads / a.kv_heads;
     const auto attend_heads = a.pages.type == OF_FLOAT  ? attend_all<float>
