@@ -93,6 +93,10 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         "keys are on meta",
     ),
     "fewer rows of keys": (lambda: attend(k=zeros(1, 2, 9, 16), v=zeros(1, 2, 9, 16)), r"keys \[1, 2, 9, 16\]"),
+    "more queries than keys that follow each other": (
+        lambda: cpu.attention(zeros(2, 4, 3, 16), zeros(2, 2, 2, 16), zeros(2, 2, 2, 16), None, True),
+        "last of 3 queries sees 3 of 2 keys",
+    ),
     "narrower keys": (lambda: attend(k=zeros(2, 2, 9, 8), v=zeros(2, 2, 9, 8)), r"keys \[2, 2, 9, 8\]"),
     "heads that do not share": (lambda: attend(k=zeros(2, 3, 9, 16), v=zeros(2, 3, 9, 16)), "4 heads share 3"),
     "heads of odd width": (

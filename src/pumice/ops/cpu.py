@@ -171,7 +171,7 @@ def attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask_BTS: Tensor |
 
     Each row of keys is one page.
     """
-    sizes.attention(q_BHTE, k_BKSE, v_BKSE, mask_BTS)
+    sizes.attention(q_BHTE, k_BKSE, v_BKSE, mask_BTS, causal)
     rows, _, tokens, _ = q_BHTE.shape
     positions = k_BKSE.shape[2]
     if k_BKSE.stride() != v_BKSE.stride() or k_BKSE.stride(3) != 1:

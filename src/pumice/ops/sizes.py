@@ -56,11 +56,13 @@ def heads(count: int, kv_heads: int, head_width: int) -> None:
     assert head_width % 8 == 0, f"heads are {head_width} wide, not a multiple of 8"
 
 
-def attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask_BTS: Tensor | None) -> None:
+def attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask_BTS: Tensor | None, causal: bool) -> None:
     plain(q_BHTE)
-    rows, count, _, width = q_BHTE.shape
+    rows, count, tokens, width = q_BHTE.shape
     assert (k_BKSE.shape[0], k_BKSE.shape[3]) == (rows, width), f"keys {list(k_BKSE.shape)} for {list(q_BHTE.shape)}"
     heads(count, k_BKSE.shape[1], width)
+    positions = k_BKSE.shape[2]
+    assert not causal or tokens <= positions, f"the last of {tokens} queries sees {tokens} of {positions} keys"
     assert mask_BTS is None or mask_BTS.dtype == torch.bool, "a mask is of torch.bool"
 
 

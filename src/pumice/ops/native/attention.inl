@@ -1,4 +1,4 @@
-// Attention over pages of keys and values: of few queries one by one, of many in blocks.
+// Attention over pages of keys and values: of few queries position by position, of many in blocks.
 
 // score[h] = q k of each of H queries.
 template <int H, class T> inline void dots(const float* const (&q)[H], const T* k, int64_t width, float (&score)[H]) {
@@ -108,6 +108,10 @@ inline void attend(const Pages& pages, const Sight& sight, const float* q, int64
                    float* out) {
     const float scale = 1 / sqrtf(float(width));
     const int64_t count = sight.last - sight.first;
+    if (count == 0) {
+        memset(out, 0, size_t(H * width) * sizeof(float));
+        return;
+    }
     const float *qs[H], *weights[H];
     float *score[H], *outs[H];
     for (int h = 0; h < H; h++) {
@@ -117,9 +121,9 @@ inline void attend(const Pages& pages, const Sight& sight, const float* q, int64
     }
     const T* values = sight.at<T>(pages.values, pages, sight.first);
     each_position<T>(pages.keys, pages, sight, width, values, [&](int64_t i, const T* k) {
-        float product[H];
-        dots<H>(qs, k, width, product);
+        float product[H] = {};
         const bool hidden = sight.seen && !sight.seen[sight.first + i];
+        if (!hidden) dots<H>(qs, k, width, product);
         for (int h = 0; h < H; h++) score[h][i] = hidden ? -INFINITY : product[h] * scale;
     });
     for (int h = 0; h < H; h++) softmax(score[h], count);

@@ -7,9 +7,12 @@ constexpr int CHUNK = 256;
 
 // Panels that meet a tile of activations one after the other, while it is in the first cache (panel.inl).
 constexpr int TOGETHER = 2;
-// Up to so many rows of activations memory is waited for: so many panels are read as streams, one after the other, and
-// chunks are called for so many before they are filled in (panel.inl).
-constexpr int STREAMED = 31, STREAMED_PANELS = 4, CHUNKS_AHEAD = 2;
+// Up to so many rows of activations memory is waited for, and panels are read as streams (panel.inl).
+constexpr int STREAMED = 31;
+// Panels that streams lead through, one after the other.
+constexpr int STREAMED_PANELS = 4;
+// So many chunks before it is filled in one is called for.
+constexpr int CHUNKS_AHEAD = 2;
 // As TOGETHER, where activations are tiles of bfloat16, which come from further away (tiles_amx.inl).
 constexpr int TILED_TOGETHER = 4;
 

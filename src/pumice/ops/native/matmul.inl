@@ -8,16 +8,17 @@ constexpr int FEW_ROWS = 2;
 // Rows of weights that a thread takes at a time when they are few.
 constexpr int64_t SPAN = 64;
 
-// Row `first` of weights, and others `apart` rows from each other, S in all, with all rows of activations, four of these at a
-// time.
+// Row `first` of weights, and others `apart` rows from each other, S in all, with all rows of activations, up to four of these
+// at a time.
 template <Format F, int S> void rows_with_all(const Matrix& w, const Activations& x, int64_t first, int64_t apart) {
     const uint8_t* b = w.data + first * w.row_bytes;
     float sum[S][4];
+    constexpr int most = PANEL > 1 ? FEW_ROWS : 4;
     for (int64_t m = 0, rows; m < x.m; m += rows) {
         const int64_t left = x.m - m;
-        rows = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-        if (rows == 4)
-            row_products<F, 4, S>(b, apart * w.row_bytes, x, m, sum);
+        rows = left >= most ? most : left >= 2 ? 2 : 1;
+        if (rows == most)
+            row_products<F, most, S>(b, apart * w.row_bytes, x, m, sum);
         else if (rows == 2)
             row_products<F, 2, S>(b, apart * w.row_bytes, x, m, sum);
         else

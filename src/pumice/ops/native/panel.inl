@@ -54,7 +54,7 @@ template <Format F> constexpr int rows_of_tile = tile_rows_of(Traits<F>::whole ?
 // Tiles that m rows of activations are.
 template <Format F> int64_t tiles_of(int64_t m) { return (m + rows_of_tile<F> - 1) / rows_of_tile<F>; }
 
-// Rows `first` to `last` of weights; `c` has room for TOGETHER * x.m * PANEL sums.
+// Rows `first` to `last` of weights, panel by panel; `c` has room for x.m * PANEL sums.
 //
 // Beside few rows of activations memory is waited for. The CPU foresees what is read of a page while that is one stream, so
 // the rows of a panel lie far from each other, and the next panel has those behind them.
@@ -78,7 +78,8 @@ template <Format F> void streamed_panels(const Matrix& w, const Activations& x, 
     }
 }
 
-// Rows `first` to `last` of weights, at most TOGETHER panels, which meet each tile of activations one after the other.
+// Rows `first` to `last` of weights, at most TOGETHER panels, which meet each tile of activations one after the other. `c` has
+// room for TOGETHER * x.m * PANEL sums.
 template <Format F> void panels(const Matrix& w, const Activations& x, int64_t first, int64_t last, float* c) {
     if (x.m <= STREAMED) return streamed_panels<F>(w, x, first, last, c);
     PanelChunk<F> panel[TOGETHER];
@@ -89,7 +90,7 @@ template <Format F> void panels(const Matrix& w, const Activations& x, int64_t f
     for (int64_t chunk = 0; chunk < x.chunks; chunk++) {
         const int count = x.count(chunk);
         for (int p = 0; p < count_of_panels; p++) fill<F>(panel[p], w, rows_of(p), chunk, count);
-        Wanted wanted(next_chunk<F>(w, first, last, chunk, x.chunks), w.row_bytes, int(last - first), turns);
+        Wanted wanted(next_chunk<F>(w, first, last, chunk, x.chunks), w.row_bytes, last - first, turns);
         for (int64_t m = 0; m < x.m; m += rows_of_tile<F>) {
             const int rows = int(x.m - m < rows_of_tile<F> ? x.m - m : rows_of_tile<F>);
             for (int p = 0; p < count_of_panels; p++)
