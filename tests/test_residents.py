@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import sys
@@ -193,7 +194,11 @@ def test_an_engine_is_less_urgent_than_who_takes_its_pieces() -> None:
     """Its thread, and those of OpenMP that this one starts; nobody else's."""
 
     def nice() -> dict[int, int]:
-        return {int(each.name): os.getpriority(os.PRIO_PROCESS, int(each.name)) for each in TASKS.iterdir()}
+        found = {}
+        for task in (int(each.name) for each in TASKS.iterdir()):
+            with contextlib.suppress(ProcessLookupError):  # a thread of another test, which has ended meanwhile
+                found[task] = os.getpriority(os.PRIO_PROCESS, task)
+        return found
 
     async def work(residents: Residents) -> None:
         before = nice()
