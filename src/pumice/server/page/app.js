@@ -154,8 +154,6 @@ async function run(turn, added = []) {
   for (const column of turn.answers.keys()) await answer(asked, turn, column, shown);
   running = null;
   composer.busy(false);
-  asked.changed = Date.now();
-  await keep(asked);
   sidebar.draw();
 }
 
@@ -163,6 +161,7 @@ async function answer(asked, turn, column, shown) {
   const { signal } = running.controller;
   let saved = performance.now();
   const changed = (each) => {
+    if (each.state !== "writing") return;
     redraw(each, turn, act);
     if (performance.now() - saved < SAVE_EVERY_MS) return;
     saved = performance.now();
@@ -170,6 +169,10 @@ async function answer(asked, turn, column, shown) {
   };
   const request = settings.ofRequest();
   await ask({ chat: asked, turn, column, pictures: shown, settings: { request, system: settings.system() }, signal, changed });
+  // What is shown as ended is kept: a page that is loaded anew has it.
+  asked.changed = Date.now();
+  await keep(asked);
+  redraw(turn.answers[column], turn, act);
   announceAnswer(turn.answers[column]);
 }
 
