@@ -347,6 +347,20 @@ def test_an_answer_is_stopped(visit: Callable[..., Visit], faulty: Stub, how: st
 
 
 @needs_chromium
+def test_who_stops_an_answer_asks_the_next_at_once(visit: Callable[..., Visit], faulty: Stub) -> None:
+    there = visit()
+    there.ask("Go on and on.")
+    expect(there.page.locator(".answer .text")).to_contain_text("so on")
+    there.page.get_by_label("Your question", exact=True).fill("What does the sign say?")
+    there.page.evaluate("""() => {  // in one task, so that nothing of the first is saved yet
+        document.dispatchEvent(new KeyboardEvent("keydown", { key: "Escape" }));
+        document.querySelector("#composer").requestSubmit();
+    }""")
+    expect(there.answered().last).to_contain_text("STOP")
+    expect(there.page.locator(".answer").first).to_contain_text("Stopped.")
+
+
+@needs_chromium
 def test_an_answer_goes_on_while_another_chat_is_open(visit: Callable[..., Visit], faulty: Stub) -> None:
     faulty.pause_s = 0.3
     there = visit()

@@ -22,7 +22,7 @@ const NO_MODEL = "There is no model on this server yet: pull one with Models, ab
 
 let chat = null; // the open one
 let pictures = new Map(); // its pictures by id
-let running = null; // {chat, pictures, controller} while answers come
+let running = null; // {chat, pictures, controller, ended} while answers come; `ended` resolves when the last is saved
 
 const act = { see: seeTurn, again };
 
@@ -109,6 +109,7 @@ function forget(id) {
 
 async function send() {
   await composer.ready();
+  await stopped();
   const nothing = !$("question").value.trim() && !composer.pictures().length;
   const problem = unready() ?? (nothing ? "Write a question, or add a picture." : null);
   if (problem) return composer.trouble(problem);
@@ -119,6 +120,11 @@ async function send() {
   for (const picture of added) pictures.set(picture.id, picture);
   setAddress(chat.id);
   await run(turn, added);
+}
+
+/** Waits for answers that were told to stop: only their saving is left. */
+async function stopped() {
+  if (running?.controller.signal.aborted) await running.ended;
 }
 
 /** Words for why nothing can be asked now, or null. */
@@ -132,6 +138,7 @@ function unready() {
 }
 
 async function again(turn) {
+  await stopped();
   const problem = unready();
   if (problem) return composer.trouble(problem);
   composer.trouble("");
@@ -146,13 +153,16 @@ async function run(turn, added = []) {
   turn.answers = models.chosen().map((model) => ({ model, text: "", state: "queued", error: null, note: null, timings: null }));
   asked.models = models.chosen();
   asked.changed = Date.now();
-  running = { chat: asked, pictures: shown, controller: new AbortController() };
+  let end;
+  const ended = new Promise((resolve) => (end = resolve));
+  running = { chat: asked, pictures: shown, controller: new AbortController(), ended };
   composer.busy(true);
   announce(`Asked ${asked.models.join(" and ")}.`);
   drawLast(turn);
   await keep(asked, added);
   for (const column of turn.answers.keys()) await answer(asked, turn, column, shown);
   running = null;
+  end();
   composer.busy(false);
   sidebar.draw();
 }
