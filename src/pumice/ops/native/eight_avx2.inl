@@ -14,9 +14,11 @@ template <Format F> struct EightWholes {
 };
 
 struct EightRows {
-    const uint8_t* row[8];
+    const uint8_t* const* rows;
+    int64_t offset;
 
-    __m128i sixteen(int r, int at) const { return _mm_loadu_si128((const __m128i*)(row[r] + at)); }
+    const uint8_t* row(int r) const { return rows[r] + offset; }
+    __m128i sixteen(int r, int at) const { return _mm_loadu_si128((const __m128i*)(row(r) + at)); }
 
     // Four dwords from byte `at` on.
     void dwords(int at, __m256i* v) const {
@@ -32,12 +34,18 @@ struct EightRows {
     }
 
     __m256i dword(int at) const {
-        const auto of = [&](int r) { return int(u32_at(row[r] + at)); };
+        const auto of = [&](int r) { return int(u32_at(row(r) + at)); };
         return _mm256_setr_epi32(of(0), of(1), of(2), of(3), of(4), of(5), of(6), of(7));
     }
 
+    // The first bytes of two blocks, each in half of a vector.
+    __m256i two(int r, int at, int other) const {
+        return _mm256_inserti128_si256(_mm256_castsi128_si256(sixteen(r, at)), sixteen(r, other), 1);
+    }
+    __m256i thirty_two(int r, int at) const { return _mm256_loadu_si256((const __m256i*)(row(r) + at)); }
+
     __m256 halves(int at) const {
-        const auto of = [&](int r) { return int16_t(u16_at(row[r] + at)); };
+        const auto of = [&](int r) { return int16_t(u16_at(row(r) + at)); };
         return _mm256_cvtph_ps(_mm_setr_epi16(of(0), of(1), of(2), of(3), of(4), of(5), of(6), of(7)));
     }
 };
@@ -76,12 +84,33 @@ template <Format F> inline __attribute__((always_inline)) void levels_of_eight(c
         for (int g = 0; g < 8; g++) level[g] = iq4_nl(level[g]);
 }
 
-template <Format F> inline void scales_of_eight(const EightRows& rows, int count, EightFloats& s) {
-    for (int j = 0; j < 8; j++) {
-        const bool there = 32 * j < count;
-        s.scale[j] = there ? rows.halves(j * Traits<F>::bytes) : _mm256_setzero_ps();
-        if constexpr (F == Q4_1 || F == Q5_1) s.offset[j] = there ? rows.halves(j * Traits<F>::bytes + 2) : _mm256_setzero_ps();
+// Of eight rows' pairs of blocks, the first halves as floats: words `word` of their lower lanes, and `other` of their upper.
+template <int word, int other> inline void floats_of_two(const __m256i (&rows)[8], __m256* out) {
+    const __m256i low = _mm256_set_epi64x(-1, 0x0d0c090805040100 + other * 0x0202020202020202, -1, 0x0d0c090805040100 + word * 0x0202020202020202);
+    const __m256i high = _mm256_shuffle_epi32(low, 0x4e);
+    const auto four = [&](int r) {
+        return _mm256_unpacklo_epi64(_mm256_unpacklo_epi32(rows[r], rows[r + 1]), _mm256_unpacklo_epi32(rows[r + 2], rows[r + 3]));
+    };
+    const __m256i words = _mm256_or_si256(_mm256_shuffle_epi8(four(0), low), _mm256_shuffle_epi8(four(4), high));
+    out[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(words));
+    out[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(words, 1));
+}
+
+template <Format F> inline __attribute__((always_inline)) void scales_of_eight(const EightRows& rows, int count, EightFloats& s) {
+    constexpr int bytes = Traits<F>::bytes;
+    const int last = count / 32 - 1;
+    for (int j = 0; j < 8; j += 2) {
+        __m256i two[8];
+        if (bytes == 18 && count == CHUNK) {  // a whole vector reaches into the second block
+            for (int r = 0; r < 8; r++) two[r] = rows.thirty_two(r, j * bytes);
+            floats_of_two<0, 1>(two, s.scale + j);
+            continue;
+        }
+        for (int r = 0; r < 8; r++) two[r] = rows.two(r, (j < last ? j : last) * bytes, (j + 1 < last ? j + 1 : last) * bytes);
+        floats_of_two<0, 0>(two, s.scale + j);
+        if constexpr (F == Q4_1 || F == Q5_1) floats_of_two<1, 1>(two, s.offset + j);
     }
+    for (int j = last + 1; j < 8; j++) s.scale[j] = s.offset[j] = _mm256_setzero_ps();
 }
 
 // From the dwords of the whole chunk, but for its last bytes.
@@ -139,7 +168,10 @@ inline void put_eight(const EightRows& rows, int count, int first, Panel& panel)
         }
     } else {
         EightFloats s;
-        scales_of_eight<F>(rows, count, s);
+        if (count == CHUNK)
+            scales_of_eight<F>(rows, CHUNK, s);
+        else
+            scales_of_eight<F>(rows, count, s);
         panel.put_scales(first, s);
         for (int i = 0; i < 8; i++) {
             __m256i level[8];

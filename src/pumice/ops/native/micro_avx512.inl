@@ -103,7 +103,7 @@ template <Format F, int MR> inline void tile(const PanelChunk<F>& w, int subs, c
             for (int v = 0; v < 2; v++) y[r][v] = _mm512_load_ps(c + r * PANEL + 16 * v);
         for (int j = 0; j < subs; j++) {
             __m512i sum[MR][2];
-            for (int r = 0; r < MR; r++) sum[r][0] = sum[r][1] = _mm512_set1_epi32(-middle<F> * x.sums<32>(r)[j]);
+            for (int r = 0; r < MR; r++) sum[r][0] = sum[r][1] = _mm512_set1_epi32(middle<F> / 8 * x.start(r, j));
             wanted.some<F>();
             products<MR, 8>(w.level[8 * j][0], x.level + 8 * j * MR * 4, sum);
             for (int v = 0; v < 2; v++) {

@@ -12,23 +12,29 @@ inline void tile_of(int rows, const PanelChunk<F>& w, int subs, const TileRows& 
 }
 
 // The rows of weights in a panel, `apart` rows from each other; past the last of all the last stands again.
-struct PanelRows {
+class PanelRows {
     int64_t first, apart, last;
+    const uint8_t* data[PANEL];
+
+   public:
+    PanelRows(const Matrix& w, int64_t first_, int64_t apart_, int64_t last_) : first(first_), apart(apart_), last(last_) {
+        for (int64_t r = 0; r < PANEL; r++) data[r] = w.data + row(r) * w.row_bytes;
+    }
 
     int64_t row(int64_t r) const { return first + r * apart < last ? first + r * apart : last - 1; }
     int64_t count() const {
         const int64_t rows = (last - first + apart - 1) / apart;
         return rows < PANEL ? rows : PANEL;
     }
+    bool is_whole_run() const { return apart == 1 && count() == PANEL; }
+    const uint8_t* at(int64_t offset) const { return data[0] + offset; }
+    EightRows eight(int from, int64_t offset) const { return {data + from, offset}; }
 };
 
 // A chunk of a panel's rows.
-template <Format F, class Panel> void fill(Panel& panel, const Matrix& w, const PanelRows& of, int64_t chunk, int count) {
-    for (int eight = 0; eight < PANEL; eight += 8) {
-        EightRows rows;
-        for (int r = 0; r < 8; r++) rows.row[r] = w.data + of.row(eight + r) * w.row_bytes + chunk * chunk_bytes<F>(CHUNK);
-        put_eight<F>(rows, count, eight, panel);
-    }
+template <Format F, class Panel> void fill(Panel& panel, const PanelRows& rows, int64_t chunk, int count) {
+    for (int eight = 0; eight < PANEL; eight += 8)
+        put_eight<F>(rows.eight(eight, chunk * chunk_bytes<F>(CHUNK)), count, eight, panel);
 }
 
 // The sums of a panel, [row of activations][PANEL], to where the products go.
@@ -42,8 +48,8 @@ inline void give(const Matrix& w, const PanelRows& of, int64_t m, const float* c
     }
     for (int64_t r = 0; r < m; r++) {
         float* out = w.out + r * w.out_stride;
-        if (rows == PANEL && w.head_width == 0 && of.apart == 1)
-            for (int row = 0; row < PANEL; row++) out[of.first + row] = c[r * PANEL + row] + bias[row];
+        if (w.head_width == 0 && of.is_whole_run())
+            for (int row = 0; row < PANEL; row++) out[of.row(0) + row] = c[r * PANEL + row] + bias[row];
         else
             for (int64_t row = 0; row < rows; row++) out[place[row]] = c[r * PANEL + row] + bias[row];
     }
@@ -62,12 +68,12 @@ template <Format F> void streamed_panels(const Matrix& w, const Activations& x, 
     PanelChunk<F> panel;
     const int64_t apart = (last - first + PANEL - 1) / PANEL, turns = tiles_of<F>(x.m) * turns_of_tile<F>;
     for (int64_t p = 0; p < apart; p++) {
-        const PanelRows rows{first + p, apart, last};
+        const PanelRows rows(w, first + p, apart, last);
         memset(c, 0, size_t(x.m) * PANEL * sizeof(float));
         for (int64_t chunk = 0; chunk < x.chunks; chunk++) {
             const int count = x.count(chunk);
-            fill<F>(panel, w, rows, chunk, count);
-            const uint8_t* ahead = w.data + rows.first * w.row_bytes + (chunk + CHUNKS_AHEAD) * chunk_bytes<F>(CHUNK);
+            fill<F>(panel, rows, chunk, count);
+            const uint8_t* ahead = rows.at((chunk + CHUNKS_AHEAD) * chunk_bytes<F>(CHUNK));
             Wanted wanted(ahead, apart * w.row_bytes, PANEL, turns);
             for (int64_t m = 0; m < x.m; m += rows_of_tile<F>) {
                 const int met = int(x.m - m < rows_of_tile<F> ? x.m - m : rows_of_tile<F>);
@@ -85,11 +91,11 @@ template <Format F> void panels(const Matrix& w, const Activations& x, int64_t f
     PanelChunk<F> panel[TOGETHER];
     const int count_of_panels = int((last - first + PANEL - 1) / PANEL);
     const int64_t turns = count_of_panels * tiles_of<F>(x.m) * turns_of_tile<F>;
-    const auto rows_of = [&](int p) { return PanelRows{first + p * PANEL, 1, last}; };
+    const auto rows_of = [&](int p) { return PanelRows(w, first + p * PANEL, 1, last); };
     memset(c, 0, size_t(count_of_panels * x.m) * PANEL * sizeof(float));
     for (int64_t chunk = 0; chunk < x.chunks; chunk++) {
         const int count = x.count(chunk);
-        for (int p = 0; p < count_of_panels; p++) fill<F>(panel[p], w, rows_of(p), chunk, count);
+        for (int p = 0; p < count_of_panels; p++) fill<F>(panel[p], rows_of(p), chunk, count);
         Wanted wanted(next_chunk<F>(w, first, last, chunk, x.chunks), w.row_bytes, last - first, turns);
         for (int64_t m = 0; m < x.m; m += rows_of_tile<F>) {
             const int rows = int(x.m - m < rows_of_tile<F> ? x.m - m : rows_of_tile<F>);

@@ -16,10 +16,12 @@ struct TileRows {
     const int8_t* level;
     const float *scales, *offsets;
     const int16_t *sums_of_16, *sums_of_32;
+    const int32_t* starts;
     int scale_stride;
 
     float scale(int r, int sub = 0) const { return scales[r * scale_stride + sub]; }
     float scaled_sum(int r, int sub) const { return offsets[r * 8 + sub]; }
+    int32_t start(int r, int sub) const { return starts[r * 8 + sub]; }
     template <int sub> const int16_t* sums(int r) const { return (sub == 16 ? sums_of_16 : sums_of_32) + r * 16; }
 };
 
@@ -40,11 +42,12 @@ struct Activations {
     int8_t* level;  // [chunk][row][CHUNK], or [chunk][tile][groups of four bytes][row of the tile][4]
     float *scales, *offsets;
     int16_t *sums_of_16, *sums_of_32;
+    int32_t* starts;  // BY_32: what products with levels from 8 up start from, -8 times the sum of 32
 
     static size_t bytes(int64_t m, int64_t k, Layout layout) {
         const int64_t chunks = (k + CHUNK - 1) / CHUNK;
         if (layout == BFLOATS) return size_t(rows_in_tiles(m) * chunks) * CHUNK * 2;
-        return size_t(m * chunks) * (CHUNK * (layout == WIDE ? 2 : 1) + 8 * 4 + 8 * 4 + 32 + 32) + 64;
+        return size_t(m * chunks) * (CHUNK * (layout == WIDE ? 2 : 1) + 8 * 4 + 8 * 4 + 32 + 32 + 8 * 4) + 64;
     }
 
     Activations(int64_t m_, int64_t k_, Layout layout_, int tile_rows_, uint8_t* memory)
@@ -56,6 +59,7 @@ struct Activations {
         offsets = scales + cells * 8;
         sums_of_16 = (int16_t*)(offsets + cells * 8);
         sums_of_32 = sums_of_16 + cells * 16;
+        starts = (int32_t*)(sums_of_32 + cells * 16);
     }
 
     int count(int64_t chunk) const { return int(k - chunk * CHUNK < CHUNK ? k - chunk * CHUNK : CHUNK); }
@@ -69,7 +73,7 @@ struct Activations {
 
     TileRows tile(int64_t chunk, int64_t first) const {
         const ChunkOfRow c = row(chunk, first);
-        return {c.level, c.scales, c.offsets, c.sums_of_16, c.sums_of_32, scale_stride()};
+        return {c.level, c.scales, c.offsets, c.sums_of_16, c.sums_of_32, starts + (chunk * m + first) * 8, scale_stride()};
     }
 
     // Where tiles of BFLOATS are loaded from: CHUNK channels of the 16 rows that begin with `first`.
@@ -126,8 +130,11 @@ struct Activations {
             s16[j] = int16_t(sum);
         }
         for (int j = 0; j < 16; j++) s32[j] = int16_t(j < 8 ? s16[2 * j] + s16[2 * j + 1] : 0);
-        if (layout == BY_32)
-            for (int j = 0; j < 8; j++) offsets[cell * 8 + j] = scale[j] * s32[j];
+        if (layout != BY_32) return;
+        for (int j = 0; j < 8; j++) {
+            offsets[cell * 8 + j] = scale[j] * s32[j];
+            starts[cell * 8 + j] = -8 * s32[j];
+        }
     }
 
     template <class Level> void put(int64_t chunk, int64_t r, const Level* q) const {

@@ -136,11 +136,11 @@ template <Format F> __attribute__((noinline)) void tiles(const Matrix& w, const 
     const TileRegisters registers;
     const int64_t m = rows_in_tiles(x.m);
     const int count_of_panels = int((last - first + PANEL - 1) / PANEL);
-    const auto rows_of = [&](int p) { return PanelRows{first + p * PANEL, 1, last}; };
+    const auto rows_of = [&](int p) { return PanelRows(w, first + p * PANEL, 1, last); };
     memset(c, 0, size_t(count_of_panels * m) * PANEL * sizeof(float));
     for (int64_t chunk = 0; chunk < x.chunks; chunk++) {
         const int count = x.count(chunk);
-        for (int p = 0; p < count_of_panels; p++) fill<F>(panel[p], w, rows_of(p), chunk, count);
+        for (int p = 0; p < count_of_panels; p++) fill<F>(panel[p], rows_of(p), chunk, count);
         Wanted wanted(next_chunk<F>(w, first, last, chunk, x.chunks), w.row_bytes, last - first, m / (2 * TILE));
         for (int64_t r = 0; r < x.m; r += 2 * TILE) {
             wanted.some<F>();
