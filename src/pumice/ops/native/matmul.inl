@@ -5,8 +5,10 @@
 
 // Up to so many rows of activations a panel costs more to make than it saves.
 constexpr int FEW_ROWS = 2;
-// Rows of weights that a thread takes at a time when they are few.
+// Rows of weights that a thread takes at a time, beside few of activations and while little is left.
 constexpr int64_t SPAN = 64;
+// So many times as much it takes while much is left: memory comes faster in long streams.
+constexpr int64_t LONG = 4;
 
 // Row `first` of weights, and others `apart` rows from each other, S in all, with all rows of activations, up to four of these
 // at a time.
@@ -87,13 +89,65 @@ inline int64_t scratch_bytes(int64_t m, int64_t k, int threads) {
     return bytes;
 }
 
-// So many rows of weights a thread takes at a time, of all these: not so many that some threads get none.
-inline int64_t span_of(int64_t m, int64_t rows, int threads) {
-    if (!are_many(m)) return SPAN;
-    int64_t panels = are_tiled(m) ? TILED_TOGETHER : m > STREAMED ? TOGETHER : STREAMED_PANELS;
-    while (panels > 1 && rows < 4 * threads * panels * PANEL) panels /= 2;
-    return panels * PANEL;
-}
+// The rows of some matrices as threads take them: span by span, in the end short ones, so that all end together.
+class Spans {
+    const Matrix* matrices;
+    int count;
+    int64_t rows = 0, shortest, longest, left_for_short;
+
+    // Of a matrix with `later` rows in those behind it.
+    struct Shares {
+        int64_t in_long, in_short;
+    };
+    Shares shares(const Matrix& of, int64_t later) const {
+        const int64_t kept = left_for_short > later ? left_for_short - later : 0;
+        const int64_t in_long = of.rows > kept ? (of.rows - kept + longest - 1) / longest : 0, left = of.rows - in_long * longest;
+        return {in_long, left > 0 ? (left + shortest - 1) / shortest : 0};
+    }
+
+   public:
+    struct Span {
+        const Matrix& of;
+        int64_t first, last;
+    };
+
+    Spans(const Matrix* matrices_, int count_, int64_t m, int threads) : matrices(matrices_), count(count_) {
+        for (int i = 0; i < count; i++) rows += matrices[i].rows;
+        shortest = SPAN;
+        if (are_many(m)) {
+            // Not so many panels that some threads get none.
+            int64_t panels = are_tiled(m) ? TILED_TOGETHER : m > STREAMED ? TOGETHER : STREAMED_PANELS;
+            while (panels > 1 && rows < 4 * threads * panels * PANEL) panels /= 2;
+            shortest = panels * PANEL;
+        }
+        longest = are_many(m) ? shortest : LONG * shortest;
+        left_for_short = 2 * threads * longest;
+    }
+
+    int64_t all() const {
+        int64_t spans = 0, later = rows;
+        for (int i = 0; i < count; i++) {
+            const Shares of = shares(matrices[i], later -= matrices[i].rows);
+            spans += of.in_long + of.in_short;
+        }
+        return spans;
+    }
+
+    Span at(int64_t n) const {
+        int64_t later = rows - matrices[0].rows;
+        int i = 0;
+        Shares of = shares(matrices[0], later);
+        while (n >= of.in_long + of.in_short) {
+            n -= of.in_long + of.in_short;
+            i++;
+            of = shares(matrices[i], later -= matrices[i].rows);
+        }
+        const bool is_long = n < of.in_long;
+        const int64_t first = is_long ? n * longest : of.in_long * longest + (n - of.in_long) * shortest;
+        const int64_t last = first + (is_long ? longest : shortest);
+        return {matrices[i], first, last < matrices[i].rows ? last : matrices[i].rows};
+    }
+};
 
 // A chunk of one row of activations, as its layout has it.
 inline void put(const Activations& x, int64_t chunk, int64_t r, const float* from) {
@@ -116,10 +170,9 @@ inline void matmul(const Matrix* matrices, int count, const float* x, int64_t x_
     float* sums = (float*)at;
     bool wanted[LAYOUTS] = {};
     for (int i = 0; i < count; i++) wanted[layout_of(matrices[i].format, m)] = true;
-    int64_t next = 0, spans = 0, rows = 0;
-    for (int i = 0; i < count; i++) rows += matrices[i].rows;
-    const int64_t step = span_of(m, rows, threads);
-    for (int i = 0; i < count; i++) spans += (matrices[i].rows + step - 1) / step;
+    const Spans spans(matrices, count, m, threads);
+    const int64_t all = spans.all();
+    int64_t next = 0;
 #pragma omp parallel num_threads(threads)
     {
         const int64_t chunks = as[0].chunks, cells = m * chunks;
@@ -134,12 +187,9 @@ inline void matmul(const Matrix* matrices, int count, const float* x, int64_t x_
             int64_t mine;
 #pragma omp atomic capture
             mine = next++;
-            if (mine >= spans) break;
-            int i = 0;
-            for (; mine >= (matrices[i].rows + step - 1) / step; i++) mine -= (matrices[i].rows + step - 1) / step;
-            const Matrix& w = matrices[i];
-            const int64_t last = (mine + 1) * step < w.rows ? (mine + 1) * step : w.rows;
-            part_of(w, as[layout_of(w.format, m)], mine * step, last, c);
+            if (mine >= all) break;
+            const Spans::Span span = spans.at(mine);
+            part_of(span.of, as[layout_of(span.of.format, m)], span.first, span.last, c);
         }
     }
 }
