@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -206,3 +207,30 @@ class Answering:
             form=None if self.request.grammar is None else self.request.grammar.form,
             logprobs=self.likely(),
         )
+
+
+def taken(under_way: deque[Answering | UserError]) -> Answer | UserError:
+    """What the first of several comes to, while the others go on; it is taken out of them."""
+    first = under_way[0]
+    ended = _ended(first, under_way) if isinstance(first, Answering) else first
+    under_way.popleft()
+    return ended
+
+
+def _ended(one: Answering, under_way: Iterable[Answering | UserError]) -> Answer | UserError:
+    try:
+        while not one.ended:
+            one.work()
+            for each in under_way:
+                if isinstance(each, Answering):
+                    each.take()
+        return one.answer()
+    except UserError as error:
+        return error
+
+
+def cancel(under_way: Iterable[Answering | UserError]) -> None:
+    """Ends all that are still under way; what they hold is free with the engine's next step."""
+    for each in under_way:
+        if isinstance(each, Answering):
+            each.cancel()

@@ -7,7 +7,7 @@ import gc
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from pumice import checkpoints, embedding, ops, prompt
-from pumice.answer import Answer, Answering
+from pumice.answer import Answer, Answering, cancel, taken
 from pumice.classification import Classification, Labelling, Labels, classified
 from pumice.config import LlavaConfig
 from pumice.conversation import Chat, Stream
@@ -131,36 +131,51 @@ class Model(Prompter):
 
         return self._together(opened, count, "answer")
 
+    def ask_each(self, questions: Iterable[Question]) -> Iterator[Answer | UserError]:
+        """The answers one by one, in the order of the questions, which are taken as there is room for them. Where one
+        is wrong its error stands in its place, and the others go on."""
+        under_way: deque[Answering | UserError] = deque()
+        try:
+            for question in questions:
+                try:
+                    answering = self.open(question)
+                    answering.start()
+                    under_way.append(answering)
+                except UserError as error:
+                    under_way.append(error)
+                if len(under_way) == WAITING:
+                    yield taken(under_way)
+            while under_way:
+                yield taken(under_way)
+        finally:
+            cancel(under_way)
+
     def _together(self, opened: Callable[[int], Answering], count: int, what: str) -> list[Answer]:
         """The answers of so many that are opened by their numbers, from 1; `WAITING` are under way at a time."""
-        under_way: deque[Answering] = deque()
+        under_way: deque[Answering | UserError] = deque()
         answers: list[Answer] = []
+
+        def take() -> None:
+            answer = taken(under_way)
+            if isinstance(answer, UserError):
+                raise _numbered(f"{what} {len(answers) + 1}", answer) from answer
+            answers.append(answer)
+
         try:
             for number in range(1, count + 1):
                 try:
-                    under_way.append(opened(number))
-                    under_way[-1].start()
+                    answering = opened(number)
+                    answering.start()
                 except UserError as error:
                     raise _numbered(f"{what} {number}", error) from error
+                under_way.append(answering)
                 if len(under_way) == WAITING:
-                    answers.append(self._first(under_way, f"{what} {len(answers) + 1}"))
+                    take()
             while under_way:
-                answers.append(self._first(under_way, f"{what} {len(answers) + 1}"))
+                take()
         finally:
-            for each in under_way:
-                each.cancel()
+            cancel(under_way)
         return answers
-
-    def _first(self, under_way: deque[Answering], name: str) -> Answer:
-        """The answer of the first, while the others go on."""
-        try:
-            while not under_way[0].ended:
-                under_way[0].work()
-                for opened in under_way:
-                    opened.take()
-        except UserError as error:
-            raise _numbered(name, error) from error
-        return under_way.popleft().answer()
 
     def generate(self, ids: Sequence[int], images: Images = None, *, sampling: Sampling | None = None) -> list[int]:
         """New token ids after a prompt of ids, in which each image's tokens stand expanded (`see` gives such ids).

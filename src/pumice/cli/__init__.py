@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from pumice.cli import (
+    caption,
     classify,
     convert,
     create,
@@ -76,6 +77,7 @@ app = typer.Typer(
 )
 app.command("run")(guarded(run.run))
 app.command("classify")(guarded(classify.classify))
+app.command("caption")(guarded(caption.caption))
 app.command("show", cls=look.ShowCommand)(guarded(look.show))
 app.command("prompt")(guarded(look.prompt))
 app.command("plan")(guarded(plan.plan))
