@@ -82,8 +82,8 @@ def test_help_is_golden_and_light() -> None:
     environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
     pages = []
     verbs = (
-        "run", "classify", "caption", "show", "prompt", "plan", "verify", "convert", "quantize", "pull", "push", "create",
-        "list", "rm", "cp", "serve", "ps", "stop", "llava-cli",
+        "run", "classify", "caption", "show", "prompt", "plan", "verify", "convert", "quantize", "pull", "push",
+        "create", "list", "rm", "cp", "serve", "ps", "stop", "llava-cli",
     )  # fmt: skip
     for verb in ("", *verbs):
         done = subprocess.run(

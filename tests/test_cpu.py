@@ -147,13 +147,19 @@ def test_several_matrices_share_their_input() -> None:
 
 @pytest.mark.parametrize("rows", [(5000,), (1500, 700, 2900), (3000, 8, 1), (1, 64, 65, 4097)])
 @pytest.mark.parametrize("m", [1, 2, 8, 33])
-def test_every_row_has_its_turn(m: int, rows: tuple[int, ...], instruction_set: str) -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+def test_every_row_has_its_turn(threads: int, m: int, rows: tuple[int, ...], instruction_set: str) -> None:
     """Threads take long spans of rows, then short ones, across matrices; together these are all rows."""
     x_MK = torch.randn(m, 32, generator=torch.Generator().manual_seed(3))
     weights = [matrix("Q8_0", each, 32, each) for each in rows]
-    for y_MN, weight in zip(cpu.linears(x_MK, weights, [None] * len(rows)), weights):
-        pieces = [QTensor(data_RB, weight.format) for data_RB in weight.data_RB.split(64)]
-        assert torch.equal(y_MN, torch.cat([cpu.linears(x_MK, [piece], [None])[0] for piece in pieces], -1))
+    pieces = [[QTensor(data_RB, each.format) for data_RB in each.data_RB.split(64)] for each in weights]
+    expected = [torch.cat([cpu.linears(x_MK, [piece], [None])[0] for piece in each], -1) for each in pieces]
+    torch.set_num_threads(threads)
+    try:
+        given = cpu.linears(x_MK, weights, [None] * len(rows))
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(*pair) for pair in zip(given, expected, strict=True))
 
 
 def test_short_rows_read_nothing_left_over(instruction_set: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -352,12 +352,76 @@ def test_who_stops_an_answer_asks_the_next_at_once(visit: Callable[..., Visit], 
     there.ask("Go on and on.")
     expect(there.page.locator(".answer .text")).to_contain_text("so on")
     there.page.get_by_label("Your question", exact=True).fill("What does the sign say?")
-    there.page.evaluate("""() => {  // in one task, so that nothing of the first is saved yet
+    there.page.evaluate("""() => {  // in one task, so that the end of the first is not saved yet
         document.dispatchEvent(new KeyboardEvent("keydown", { key: "Escape" }));
         document.querySelector("#composer").requestSubmit();
     }""")
     expect(there.answered().last).to_contain_text("STOP")
     expect(there.page.locator(".answer").first).to_contain_text("Stopped.")
+
+
+@needs_chromium
+def test_who_stops_two_answers_asks_again_at_once(visit: Callable[..., Visit], faulty: Stub) -> None:
+    there = visit()
+    there.page.get_by_role("button", name="Compare").click()
+    there.page.get_by_label("Second model").select_option("pebble:1.5")
+    there.ask("Go on and on.")
+    expect(there.page.locator(".answer .text").first).to_contain_text("so on")
+    asked = len(faulty.bodies("/api/chat"))
+    there.page.evaluate("""() => {  // as soon as there is a button, while the second answer is still to be saved
+        const seen = new MutationObserver(() => {
+            const again = document.querySelector(".again");
+            if (!again) return;
+            seen.disconnect();
+            again.click();
+            document.body.dataset.again = "pressed";
+        });
+        seen.observe(document.querySelector("#turns"), { childList: true, subtree: true });
+        document.dispatchEvent(new KeyboardEvent("keydown", { key: "Escape" }));
+    }""")
+    expect(there.page.locator("body")).to_have_attribute("data-again", "pressed")
+    expect(there.page.locator(".answer").first).to_have_attribute("aria-busy", "true")
+    expect(there.page.locator(".answer .text").first).to_contain_text("so on")
+    expect(there.page.locator("#trouble")).to_be_hidden()
+    assert len(faulty.bodies("/api/chat")) == asked + 1
+
+
+@needs_chromium
+def test_a_chat_that_is_left_takes_its_question_along(visit: Callable[..., Visit], faulty: Stub) -> None:
+    """Who goes to a new chat while a question waits for the end of another does not ask it there."""
+    there = visit()
+    there.ask("Go on and on.")
+    expect(there.page.locator(".answer .text")).to_contain_text("so on")
+    there.page.get_by_label("Your question", exact=True).fill("What does the sign say?")
+    asked = len(faulty.bodies("/api/chat"))
+    there.page.evaluate("""() => {
+        document.dispatchEvent(new KeyboardEvent("keydown", { key: "Escape" }));
+        document.querySelector("#composer").requestSubmit();
+        document.querySelector("#new-chat").click();
+    }""")
+    expect(there.page.locator(".answer")).to_have_count(0)
+    there.ask("Hello?")
+    expect(there.answered()).to_have_count(1)
+    assert len(faulty.bodies("/api/chat")) == asked + 1
+    assert [each["content"] for each in faulty.bodies("/api/chat")[-1]["messages"]] == ["Hello?"]
+
+
+@needs_chromium
+def test_what_is_shown_as_ended_is_in_the_history(visit: Callable[..., Visit]) -> None:
+    there = visit()
+    there.page.evaluate("""async () => {
+        const request = indexedDB.open("pumice", 1);
+        await new Promise((resolve) => (request.onsuccess = resolve));
+        const seen = new MutationObserver(() => {
+            if (!document.querySelector(".timings")) return;
+            seen.disconnect();
+            const all = request.result.transaction("chats").objectStore("chats").getAll();
+            all.onsuccess = () => (document.body.dataset.kept = all.result[0].turns[0].answers[0].state);
+        });
+        seen.observe(document.querySelector("#turns"), { childList: true, subtree: true });
+    }""")
+    there.ask("What does the sign say?")
+    expect(there.page.locator("body")).to_have_attribute("data-kept", "done")
 
 
 @needs_chromium

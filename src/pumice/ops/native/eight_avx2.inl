@@ -101,7 +101,9 @@ template <Format F> inline __attribute__((always_inline)) void scales_of_eight(c
     const int last = count / 32 - 1;
     for (int j = 0; j < 8; j += 2) {
         __m256i two[8];
-        if (bytes == 18 && count == CHUNK) {  // a whole vector reaches into the second block
+        // A whole vector from the first block on reaches the second's half, and no farther than the chunk's end.
+        if (bytes == 18 && count == CHUNK) {
+            static_assert(bytes != 18 || 6 * bytes + 32 <= 8 * bytes);
             for (int r = 0; r < 8; r++) two[r] = rows.thirty_two(r, j * bytes);
             floats_of_two<0, 1>(two, s.scale + j);
             continue;

@@ -5,9 +5,9 @@
 
 // Up to so many rows of activations a panel costs more to make than it saves.
 constexpr int FEW_ROWS = 2;
-// Rows of weights that a thread takes at a time, beside few of activations and while little is left.
+// Rows of weights that a thread takes at a time where rows are read one by one, while little is left.
 constexpr int64_t SPAN = 64;
-// So many times as much it takes while much is left: memory comes faster in long streams.
+// So many times as much it takes before: memory comes faster in long streams.
 constexpr int64_t LONG = 4;
 
 // Row `first` of weights, and others `apart` rows from each other, S in all, with all rows of activations, up to four of these
@@ -92,7 +92,7 @@ inline int64_t scratch_bytes(int64_t m, int64_t k, int threads) {
 // The rows of some matrices as threads take them: span by span, in the end short ones, so that all end together.
 class Spans {
     const Matrix* matrices;
-    int count;
+    int count_of_matrices;
     int64_t rows = 0, shortest, longest, left_for_short;
 
     // Of a matrix with `later` rows in those behind it.
@@ -111,8 +111,8 @@ class Spans {
         int64_t first, last;
     };
 
-    Spans(const Matrix* matrices_, int count_, int64_t m, int threads) : matrices(matrices_), count(count_) {
-        for (int i = 0; i < count; i++) rows += matrices[i].rows;
+    Spans(const Matrix* matrices_, int count_, int64_t m, int threads) : matrices(matrices_), count_of_matrices(count_) {
+        for (int i = 0; i < count_of_matrices; i++) rows += matrices[i].rows;
         shortest = SPAN;
         if (are_many(m)) {
             // Not so many panels that some threads get none.
@@ -121,12 +121,12 @@ class Spans {
             shortest = panels * PANEL;
         }
         longest = are_many(m) ? shortest : LONG * shortest;
-        left_for_short = 2 * threads * longest;
+        left_for_short = 2 * threads * longest;  // who ends a long one last leaves the others so much to do
     }
 
-    int64_t all() const {
+    int64_t count() const {
         int64_t spans = 0, later = rows;
-        for (int i = 0; i < count; i++) {
+        for (int i = 0; i < count_of_matrices; i++) {
             const Shares of = shares(matrices[i], later -= matrices[i].rows);
             spans += of.in_long + of.in_short;
         }
@@ -171,7 +171,7 @@ inline void matmul(const Matrix* matrices, int count, const float* x, int64_t x_
     bool wanted[LAYOUTS] = {};
     for (int i = 0; i < count; i++) wanted[layout_of(matrices[i].format, m)] = true;
     const Spans spans(matrices, count, m, threads);
-    const int64_t all = spans.all();
+    const int64_t count_of_spans = spans.count();
     int64_t next = 0;
 #pragma omp parallel num_threads(threads)
     {
@@ -187,7 +187,7 @@ inline void matmul(const Matrix* matrices, int count, const float* x, int64_t x_
             int64_t mine;
 #pragma omp atomic capture
             mine = next++;
-            if (mine >= all) break;
+            if (mine >= count_of_spans) break;
             const Spans::Span span = spans.at(mine);
             part_of(span.of, as[layout_of(span.of.format, m)], span.first, span.last, c);
         }

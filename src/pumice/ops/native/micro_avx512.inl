@@ -99,6 +99,7 @@ template <Format F, int MR> inline void tile(const PanelChunk<F>& w, int subs, c
             }
         }
     } else {
+        static_assert(middle<F> % 8 == 0, "starts are made for levels that are 8 too great");
         for (int r = 0; r < MR; r++)
             for (int v = 0; v < 2; v++) y[r][v] = _mm512_load_ps(c + r * PANEL + 16 * v);
         for (int j = 0; j < subs; j++) {

@@ -42,7 +42,7 @@ struct Activations {
     int8_t* level;  // [chunk][row][CHUNK], or [chunk][tile][groups of four bytes][row of the tile][4]
     float *scales, *offsets;
     int16_t *sums_of_16, *sums_of_32;
-    int32_t* starts;  // BY_32: what products with levels from 8 up start from, -8 times the sum of 32
+    int32_t* starts;  // BY_32 in tiles: of 32 levels -8 times their sum, which makes up for weights' levels that are 8 too great
 
     static size_t bytes(int64_t m, int64_t k, Layout layout) {
         const int64_t chunks = (k + CHUNK - 1) / CHUNK;
@@ -131,10 +131,8 @@ struct Activations {
         }
         for (int j = 0; j < 16; j++) s32[j] = int16_t(j < 8 ? s16[2 * j] + s16[2 * j + 1] : 0);
         if (layout != BY_32) return;
-        for (int j = 0; j < 8; j++) {
-            offsets[cell * 8 + j] = scale[j] * s32[j];
-            starts[cell * 8 + j] = -8 * s32[j];
-        }
+        for (int j = 0; j < 8; j++) offsets[cell * 8 + j] = scale[j] * s32[j];
+        for (int j = 0; tile_rows > 0 && j < 8; j++) starts[cell * 8 + j] = -8 * s32[j];
     }
 
     template <class Level> void put(int64_t chunk, int64_t r, const Level* q) const {

@@ -24,6 +24,8 @@ let chat = null; // the open one
 let pictures = new Map(); // its pictures by id
 let running = null; // {chat, pictures, controller, ended} while answers come; `ended` resolves when the last is saved
 
+let sending = false; // while a question waits for its pictures, or for answers that were stopped
+
 const act = { see: seeTurn, again };
 
 // ---- chats
@@ -108,8 +110,16 @@ function forget(id) {
 // ---- asking
 
 async function send() {
-  await composer.ready();
-  await stopped();
+  if (sending) return;
+  sending = true;
+  const asked = chat;
+  try {
+    await composer.ready();
+    await stopped();
+  } finally {
+    sending = false;
+  }
+  if (chat !== asked) return; // another was opened meanwhile: what was written waits in the composer
   const nothing = !$("question").value.trim() && !composer.pictures().length;
   const problem = unready() ?? (nothing ? "Write a question, or add a picture." : null);
   if (problem) return composer.trouble(problem);
@@ -138,7 +148,9 @@ function unready() {
 }
 
 async function again(turn) {
+  const asked = chat;
   await stopped();
+  if (chat !== asked) return;
   const problem = unready();
   if (problem) return composer.trouble(problem);
   composer.trouble("");
@@ -157,14 +169,17 @@ async function run(turn, added = []) {
   const ended = new Promise((resolve) => (end = resolve));
   running = { chat: asked, pictures: shown, controller: new AbortController(), ended };
   composer.busy(true);
-  announce(`Asked ${asked.models.join(" and ")}.`);
-  drawLast(turn);
-  await keep(asked, added);
-  for (const column of turn.answers.keys()) await answer(asked, turn, column, shown);
-  running = null;
-  end();
-  composer.busy(false);
-  sidebar.draw();
+  try {
+    announce(`Asked ${asked.models.join(" and ")}.`);
+    drawLast(turn);
+    await keep(asked, added);
+    for (const column of turn.answers.keys()) await answer(asked, turn, column, shown);
+  } finally {
+    running = null;
+    end();
+    composer.busy(false);
+    sidebar.draw();
+  }
 }
 
 async function answer(asked, turn, column, shown) {
