@@ -103,6 +103,8 @@ def test_lines_of_others_are_refused(pebble: Model, photos: Path, tmp_path: Path
     before = out.read_bytes()
     with pytest.raises(UserError, match=r"line 1 of .* another model, question or choices"):
         caption(pebble, [photos], out, Question("What colour is it?"))
+    with pytest.raises(UserError, match=r"line 1 of .* another model, question or choices"):
+        caption(pumice.load("pebble:1.5"), [photos], out)
     assert out.read_bytes() == before
     for text in ("mine\n", "[1]\n", "{}\n", '{"image": 1}\n', "[" * 10**5 + "\n"):
         out.write_text(text)
@@ -127,6 +129,30 @@ def test_what_is_not_there(pebble: Model, photos: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out.jsonl").exists()
     with pytest.raises(UserError, match="cannot be written: No such file"):
         caption(pebble, [photos], tmp_path / "gone" / "out.jsonl")
+
+
+def test_what_is_wrong_with_the_question_is_said_once(pebble: Model, photos: Path, tmp_path: Path) -> None:
+    """Not in each picture's line."""
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(UserError, match="image_tokens is 0"):
+        caption(pebble, [photos], out, Question("Hm?", image_tokens=0))
+    with pytest.raises(UserError, match="the prompt has 0 <image> marks"):
+        caption(pebble, [photos], out, Question("Hm?", raw=True))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="there is no picture in"):
+        caption(pebble, [tmp_path / "empty"], out)
+    assert not out.exists()
+
+
+def test_a_folder_that_cannot_be_read(pebble: Model, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pictures are not left out without a word."""
+
+    def closed(path: str) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("os.scandir", closed)
+    with pytest.raises(UserError, match=r"the folder .* cannot be read: Permission denied"):
+        caption(pebble, [photos], photos / "out.jsonl")
 
 
 def test_a_full_disk(pebble: Model, photos: Path, tmp_path: Path) -> None:

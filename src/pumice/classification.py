@@ -47,7 +47,7 @@ def classified(model: Model, image: Images, labelling: Labelling) -> Classificat
         raise UserError("the prior of a question without a picture was asked for", hint="leave prior out")
     found, prior = model.log_likelihoods(labelling.question(pictures), labelling.answers), None
     if labelling.prior:
-        empty = [blank(each, model.eyes()[0]) for each in pictures]
+        empty = [blank(each.size, model.eyes()[0]) for each in pictures]
         prior = model.log_likelihoods(labelling.question(empty), labelling.answers)
     return labelling.classification(found, prior, time.perf_counter() - started)
 

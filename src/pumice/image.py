@@ -113,10 +113,10 @@ def drawn(bytes_YXC: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(bytes_YXC))
 
 
-def blank(picture: Image.Image, image: ImageConfig) -> Image.Image:
-    """A picture of the same size that shows nothing: all of it in the colour that LLaVA 1.5 pads with, near zero for
-    the tower."""
-    return Image.new("RGB", picture.size, _mean_colour(image))
+def blank(size: tuple[int, int], image: ImageConfig) -> Image.Image:
+    """A picture, so many pixels wide and high, that shows nothing: all of it in the colour that LLaVA 1.5 pads with,
+    near zero for the tower."""
+    return Image.new("RGB", size, _mean_colour(image))
 
 
 def tile_pictures(

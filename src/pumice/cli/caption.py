@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from pumice.cli import options
-from pumice.cli.options import Beside, Device, Dtype, ImageTokens, ModelName, Preprocess, System, Template
+from pumice.cli.options import Beside, Device, Dtype, ImageTokens, MaxTokens, ModelName, Preprocess, System, Template
+from pumice.cli.paths import refuse_mark
 from pumice.cli.terminal import counting, loading
 
 Pictures = Annotated[list[str], typer.Argument(help="Images, and folders with images.", metavar="IMAGE")]
@@ -17,7 +18,6 @@ Output = Annotated[
     Path, typer.Option("--output", "-o", help="The file of JSON lines. What it has already is not asked again.")
 ]
 Asked = Annotated[str | None, typer.Option("--prompt", help="What is asked about each picture.")]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", help="The most tokens of a caption.")]
 Deterministic = Annotated[
     bool, typer.Option("--deterministic", help="The same whatever is read beside it, in narrow types too; slower.")
 ]
@@ -48,8 +48,10 @@ def caption(
         from pumice.question import Question
         from pumice.tasks import captions
 
+        text = captions.PROMPT if prompt is None else prompt
+        refuse_mark(text, "leave it out: each picture stands before the prompt")
         sampling = Sampling(max_tokens=max_tokens)
-        asked = Question(prompt or captions.PROMPT, None, system, sampling=sampling, image_tokens=image_tokens)
+        asked = Question(text, None, system, sampling=sampling, image_tokens=image_tokens)
         loaded = load_from(options.source(model, template, preprocess, beside), dtype=dtype, device=device)
         if deterministic:
             loaded.limit(Limits(deterministic=True))

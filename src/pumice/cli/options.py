@@ -34,6 +34,7 @@ System = Annotated[str | None, typer.Option("--system", help="System text instea
 ImageTokens = Annotated[
     int | None, typer.Option("--image-tokens", help="The most tokens that one image may take; all without it.")
 ]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Longest answer, in tokens.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Send the prompt as it stands, with <image> where each image goes.")]
 Template = Annotated[str | None, typer.Option("--template", help="Prompt template instead of the checkpoint's own.")]
 Preprocess = Annotated[Rule | None, typer.Option("--preprocess", help="Image rules instead of the checkpoint's own.")]

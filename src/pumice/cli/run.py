@@ -19,6 +19,7 @@ from pumice.cli.options import (
     GpuLayers,
     ImagePaths,
     ImageTokens,
+    MaxTokens,
     ModelName,
     Preprocess,
     PromptText,
@@ -45,7 +46,6 @@ Presence = Annotated[float, typer.Option("--presence-penalty", help="Above 0: le
 Frequency = Annotated[float, typer.Option("--frequency-penalty", help="Above 0: less of what it has often; 0 is off.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same answer.")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the answer; repeat for several.")]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Longest answer, in tokens.")]
 LogitBias = Annotated[
     list[str] | None,
     typer.Option("--logit-bias", metavar="TOKEN=X", help="Add X to a token's score: 822=-100, ' red=5'; repeat."),

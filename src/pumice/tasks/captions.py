@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from pumice.engine.archive import model_digest
 from pumice.errors import UserError, shortened
+from pumice.image import blank
 from pumice.model import Model
 from pumice.question import Question
 
@@ -48,15 +49,20 @@ def caption(
 ) -> Captions:
     """Describes pictures, and writes a line of JSON for each that `output` does not have yet.
 
-    images: files, and folders, of which all pictures in all folders below are taken. question: what each is asked, with
-    everything but an image in it. told: the picture that was done last, how many are done, and of how many.
+    images: files, and folders, of which all pictures in all folders below are taken, but for linked folders. question:
+    what each is asked, with everything but an image in it. told: the picture that was done last, how many are done, and
+    of how many.
 
-    A picture that cannot be read has a line with the error. Raises UserError where a path is missing, and where
-    `output` cannot be written, is written by another process, or has lines of another model, question or kind.
+    A picture that cannot be read has a line with the error. Raises UserError for a wrong question and a text model,
+    where a path is missing, a folder cannot be read or there is no picture, and where `output` cannot be written, is
+    written by another process, or has lines of another model, question or kind.
     """
     asked = question or Question(PROMPT, sampling=model.sampling)
-    run = _run(model, asked)
     names = list(dict.fromkeys(_pictures(images)))
+    if not names:
+        places = ", ".join(os.fspath(each) for each in images)
+        raise UserError(f"there is no picture in {shortened(places)}", hint=f"they end in {', '.join(sorted(ENDINGS))}")
+    run = _run(model, asked)
     failed = 0
     with _opened(Path(output)) as file:
         done = _done(file, run, Path(output))
@@ -75,9 +81,11 @@ def caption(
 
 
 def _run(model: Model, question: Question) -> str:
-    """Twelve digits for all that decides about an answer but for the picture."""
-    told = [model.name, model.config.template, str(model.config.image), repr(dataclasses.replace(question, image=None))]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
+    """Twelve digits for all that decides about an answer but for the picture: weights, what the model sees of the
+    question, how it is drawn. Raises UserError for what is wrong with the question, whatever the picture."""
+    opened = model.open(dataclasses.replace(question, image=blank((64, 64), model.eyes()[0])))
+    asked = (opened.request.ids, model.dressing, question.sampling, question.form, question.image_tokens)
+    return model_digest(model.network, *asked)[:12]
 
 
 def _pictures(images: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
@@ -88,11 +96,15 @@ def _pictures(images: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
         if not os.path.isdir(path):
             yield path
             continue
-        for folder, folders, files in os.walk(path):
+        for folder, folders, files in os.walk(path, onerror=_unread):
             folders.sort()
             for name in sorted(files):
                 if name.rpartition(".")[2].lower() in ENDINGS:
                     yield os.path.join(folder, name)
+
+
+def _unread(error: OSError) -> None:
+    raise UserError(f"the folder {error.filename} cannot be read: {error.strerror}", hint="make it readable") from error
 
 
 @contextmanager
