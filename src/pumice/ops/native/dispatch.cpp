@@ -21,12 +21,13 @@ const Kernels& kernels(int32_t isa) {
 }
 
 #ifdef PUMICE_X86
-// Whether the CPU multiplies tiles of bfloat16, and Linux keeps their registers for the threads of this process: they are
+// Whether the CPU multiplies tiles of bytes and of bfloat16, and Linux keeps their registers for the threads of this process: they are
 // many bytes, so it does that for those only that ask (Documentation/arch/x86/xstate.rst).
 bool has_tiles() {
 #ifdef PUMICE_AMX
     constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
-    return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("avx512bf16") &&
+    return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("amx-bf16") &&
+           __builtin_cpu_supports("avx512bf16") &&
            syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 #else
     return false;

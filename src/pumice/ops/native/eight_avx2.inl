@@ -13,11 +13,14 @@ template <Format F> struct EightWholes {
     __m256 d, dmin;
 };
 
+// Eight rows, `step` bytes from each other: four and four, so that a few registers hold where they are.
 struct EightRows {
-    const uint8_t* const* rows;
-    int64_t offset;
+    const uint8_t *lower, *upper;
+    int64_t step;
 
-    const uint8_t* row(int r) const { return rows[r] + offset; }
+    EightRows(const uint8_t* first, int64_t step_) : lower(first), upper(first + 4 * step_), step(step_) {}
+
+    const uint8_t* row(int r) const { return (r < 4 ? lower : upper) + r % 4 * step; }
     __m128i sixteen(int r, int at) const { return _mm_loadu_si128((const __m128i*)(row(r) + at)); }
 
     // Four dwords from byte `at` on.
@@ -152,6 +155,9 @@ template <Format F> inline void scales_of_eight(const EightRows& rows, const __m
     }
 }
 
+// Whether a panel wants dwords of two levels in a byte as they lie.
+template <class Panel> constexpr bool takes_packed = false;
+
 // A chunk of eight rows to places `first` to `first + 7` of a panel.
 template <Format F, class Panel>
 inline void put_eight(const EightRows& rows, int count, int first, Panel& panel) {
@@ -176,6 +182,13 @@ inline void put_eight(const EightRows& rows, int count, int first, Panel& panel)
             scales_of_eight<F>(rows, count, s);
         panel.put_scales(first, s);
         for (int i = 0; i < 8; i++) {
+            if constexpr (takes_packed<Panel>)
+                if (32 * i < count) {
+                    __m256i packed[4];
+                    rows.dwords((i + 1) * Traits<F>::bytes - 16, packed);
+                    panel.put_packed(first, i, packed);
+                    continue;
+                }
             __m256i level[8];
             if (32 * i < count)
                 levels_of_eight<F>(rows, i, level);

@@ -9,8 +9,8 @@ constexpr int CHUNK = 256;
 constexpr int TOGETHER = 2;
 // Up to so many rows of activations memory is waited for, and panels are read as streams (panel.inl).
 constexpr int STREAMED = 31;
-// Panels that streams lead through, one after the other.
-constexpr int STREAMED_PANELS = 4;
+// Panels that streams lead through, one after the other; an odd number (panel.inl).
+constexpr int STREAMED_PANELS = 7;
 // So many chunks before it is filled in one is called for.
 constexpr int CHUNKS_AHEAD = 2;
 // As TOGETHER, where activations are tiles of bfloat16, which come from further away (tiles_amx.inl).

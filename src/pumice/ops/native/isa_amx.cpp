@@ -1,4 +1,4 @@
-// The kernels for AVX-512 (F, BW, DQ, VL, VNNI, BF16) with AMX (TILE, BF16).
+// The kernels for AVX-512 (F, BW, DQ, VL, VNNI, BF16) with AMX (TILE, BF16, INT8).
 #include "isa.h"
 
 #include <immintrin.h>
@@ -9,10 +9,11 @@
 #include <type_traits>
 
 namespace amx {
-// From so many rows of activations on tiles are faster than bytes.
+// From so many rows of activations on tiles of bfloat16 are faster than those of bytes.
 constexpr int TILED_ROWS = 32;
 #include "sets_avx512.inl"
 #include "tiles_amx.inl"
+#include "bytes_amx.inl"
 }  // namespace amx
 
 extern const Kernels AMX_KERNELS = {

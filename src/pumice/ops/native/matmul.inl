@@ -1,7 +1,7 @@
 // y = x Wᵀ for matrices in blocks that share their input, from the blocks as the file holds them.
 //
 // Few rows of activations: each row of weights is read once, in place, and multiplied with all of them. More: see
-// panel.inl. TILED_ROWS and more, where the set has tiles: see tiles_amx.inl.
+// panel.inl. Where the set has tiles: see bytes_amx.inl, and for TILED_ROWS and more tiles_amx.inl.
 
 // Up to so many rows of activations a panel costs more to make than it saves.
 constexpr int FEW_ROWS = 2;
@@ -41,11 +41,15 @@ template <Format F> void few(const Matrix& w, const Activations& x, int64_t firs
 
 template <Format F> void panels(const Matrix& w, const Activations& x, int64_t first, int64_t last, float* c);
 template <Format F> void tiles(const Matrix& w, const Activations& x, int64_t first, int64_t last, float* c);
+template <Format F> void pairs(const Matrix& w, const Activations& x, int64_t first, int64_t last, float* c);
 inline void put_in_tiles(const Activations& x, int64_t chunk, int64_t r, const float* from);
 
 template <Format F> void part(const Matrix& w, const Activations& x, int64_t first, int64_t last, float* c) {
-    if constexpr (TILED_ROWS > 0)
+    if constexpr (TILED_ROWS > 0) {
         if (x.layout == BFLOATS) return tiles<F>(w, x, first, last, c);
+        if constexpr (Traits<F>::sub == 32)
+            if (is_in_pairs(x.layout)) return pairs<F>(w, x, first, last, c);
+    }
     if constexpr (PANEL > 1)
         if (x.tile_rows > 0) return panels<F>(w, x, first, last, c);
     few<F>(w, x, first, last);
@@ -166,7 +170,8 @@ inline void matmul(const Matrix* matrices, int count, const float* x, int64_t x_
         at += in_lines(Activations::bytes(m, k, layout));
         return part;
     };
-    const Activations as[LAYOUTS] = {next_part(BY_32), next_part(BY_256), next_part(SHIFTED), next_part(WIDE), next_part(BFLOATS)};
+    const Activations as[LAYOUTS] = {next_part(BY_32),       next_part(BY_256),       next_part(SHIFTED), next_part(WIDE),
+                                     next_part(PAIRS_BY_32), next_part(PAIRS_BY_256), next_part(BFLOATS)};
     float* sums = (float*)at;
     bool wanted[LAYOUTS] = {};
     for (int i = 0; i < count; i++) wanted[layout_of(matrices[i].format, m)] = true;

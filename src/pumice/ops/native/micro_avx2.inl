@@ -21,9 +21,6 @@ template <Format F> constexpr int centre = F == Q3_K ? 4 : F == Q4_0 ? 8 : F == 
 template <Format F> constexpr int top_scale = Traits<F>::bits == 8 ? 1 << 14 : F == Q5_1 ? 2047 : 4095;
 constexpr int TOP_MIN = 32767;
 
-// Turns of `Wanted` in a tile.
-template <Format F> constexpr int turns_of_tile = 1;
-
 constexpr int tile_rows_of(Layout) { return 4; }
 
 inline Layout layout_of_many(int32_t format) {
@@ -39,7 +36,7 @@ template <int bits> constexpr int sums_that_fit = bits == 5 ? 4 : bits == 6 ? 2 
 inline __m256i levels_at(const uint8_t* p) { return _mm256_load_si256((const __m256i*)p); }
 
 template <Format F> struct PanelChunk {
-    static constexpr int subs = CHUNK / Traits<F>::sub;
+    static constexpr int subs = CHUNK / Traits<F>::sub, tile_rows = tile_rows_of(BY_256), turns_of_tile = 1;
     // In groups of four weights, or of two that are 16 bits wide.
     alignas(64) uint8_t level[CHUNK / (way<F> == AS_WIDE ? 2 : 4)][PANEL][4];
     alignas(64) int16_t scale[subs][PANEL][2];    // twice each: both halves of a pair of sums
@@ -194,7 +191,7 @@ template <Format F, int MR> __attribute__((noinline)) void totals(const PanelChu
 }
 
 // c += the products of a tile of MR rows of activations with a panel's chunk.
-template <Format F, int MR> inline void tile(const PanelChunk<F>& w, int, const TileRows& x, Wanted& wanted, float* c) {
+template <int MR, Format F> inline void tile(const PanelChunk<F>& w, int, const TileRows& x, Wanted& wanted, float* c) {
     wanted.some<F>();
     alignas(64) int32_t total[MR][PANEL];
     totals<F, MR>(w, x.level, total[0]);

@@ -5,12 +5,16 @@
 
 constexpr int PANEL = 32;
 
-// Turns of `Wanted` in a tile.
-template <Format F> constexpr int turns_of_tile = CHUNK / Traits<F>::sub;
+constexpr int tile_rows_of(Layout layout) { return is_in_pairs(layout) ? PAIRED_ROWS : layout == BY_32 ? 6 : 4; }
 
-constexpr int tile_rows_of(Layout layout) { return layout == BY_32 ? 6 : 4; }
-
-inline Layout layout_of_many(int32_t format) { return format >= Q2_K && format <= Q6_K ? BY_256 : BY_32; }
+inline Layout layout_of_many(int32_t format) {
+    if (TILED_ROWS == 0) return format >= Q2_K && format <= Q6_K ? BY_256 : BY_32;
+    switch (format) {
+        case Q2_K: case Q3_K: case Q6_K: return BY_256;
+        case Q4_K: case Q5_K: return PAIRS_BY_256;
+        default: return PAIRS_BY_32;
+    }
+}
 
 template <Format F> struct PanelLevels {
     alignas(64) uint8_t level[CHUNK / 4][PANEL][4];
@@ -25,6 +29,7 @@ template <Format F> struct PanelLevels {
 template <Format F, bool = Traits<F>::whole> struct PanelChunk;
 
 template <Format F> struct PanelChunk<F, false> : PanelLevels<F> {
+    static constexpr int tile_rows = tile_rows_of(BY_32), turns_of_tile = CHUNK / 32;
     alignas(64) float scale[8][PANEL], offset[8][PANEL];
 
     void put_scales(int first, const EightFloats& s) {
@@ -36,7 +41,7 @@ template <Format F> struct PanelChunk<F, false> : PanelLevels<F> {
 };
 
 template <Format F> struct PanelChunk<F, true> : PanelLevels<F> {
-    static constexpr int subs = CHUNK / Traits<F>::sub;
+    static constexpr int subs = CHUNK / Traits<F>::sub, tile_rows = tile_rows_of(BY_256), turns_of_tile = subs;
     alignas(64) float scale[subs][PANEL];
     alignas(64) int16_t min[subs / 2][PANEL][2];  // two sub-blocks side by side
     alignas(64) float d[PANEL], dmin[PANEL];
@@ -70,8 +75,25 @@ inline __attribute__((always_inline)) void products(const uint8_t* w, const int8
     }
 }
 
+// c += the products y of a K-quant's chunk, less its mins, with the scales of 256 weights.
+template <Format F, int MR>
+inline __attribute__((always_inline)) void add_whole(const PanelChunk<F>& w, const TileRows& x, const __m512 (&y)[MR][2], float* c) {
+    for (int v = 0; v < 2; v++) {
+        const __m512 d = _mm512_load_ps(w.d + 16 * v), dmin = _mm512_load_ps(w.dmin + 16 * v);
+        for (int r = 0; r < MR; r++) {
+            __m512i low = _mm512_setzero_si512();
+            const int16_t* sums = x.sums<Traits<F>::sub>(r);
+            for (int j = 0; j < CHUNK / Traits<F>::sub / 2; j++)
+                low = _mm512_dpwssd_epi32(low, _mm512_load_si512(w.min[j][16 * v]), four_bytes((const int8_t*)(sums + 2 * j)));
+            const __m512 product = _mm512_fnmadd_ps(dmin, _mm512_cvtepi32_ps(low), _mm512_mul_ps(d, y[r][v]));
+            float* out = c + r * PANEL + 16 * v;
+            _mm512_store_ps(out, _mm512_fmadd_ps(_mm512_set1_ps(x.scale(r)), product, _mm512_load_ps(out)));
+        }
+    }
+}
+
 // c += the products of a tile of MR rows of activations with a panel's chunk.
-template <Format F, int MR> inline void tile(const PanelChunk<F>& w, int subs, const TileRows& x, Wanted& wanted, float* c) {
+template <int MR, Format F> inline void tile(const PanelChunk<F>& w, int subs, const TileRows& x, Wanted& wanted, float* c) {
     __m512 y[MR][2];
     if constexpr (Traits<F>::whole) {
         constexpr int steps = Traits<F>::sub / 4;
@@ -86,18 +108,7 @@ template <Format F, int MR> inline void tile(const PanelChunk<F>& w, int subs, c
                 for (int r = 0; r < MR; r++) y[r][v] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(sum[r][v]), y[r][v]);
             }
         }
-        for (int v = 0; v < 2; v++) {
-            const __m512 d = _mm512_load_ps(w.d + 16 * v), dmin = _mm512_load_ps(w.dmin + 16 * v);
-            for (int r = 0; r < MR; r++) {
-                __m512i low = _mm512_setzero_si512();
-                const int16_t* sums = x.sums<Traits<F>::sub>(r);
-                for (int j = 0; j < CHUNK / Traits<F>::sub / 2; j++)
-                    low = _mm512_dpwssd_epi32(low, _mm512_load_si512(w.min[j][16 * v]), four_bytes((const int8_t*)(sums + 2 * j)));
-                const __m512 product = _mm512_fnmadd_ps(dmin, _mm512_cvtepi32_ps(low), _mm512_mul_ps(d, y[r][v]));
-                float* out = c + r * PANEL + 16 * v;
-                _mm512_store_ps(out, _mm512_fmadd_ps(_mm512_set1_ps(x.scale(r)), product, _mm512_load_ps(out)));
-            }
-        }
+        add_whole<F>(w, x, y, c);
     } else {
         static_assert(middle<F> % 8 == 0, "starts are made for levels that are 8 too great");
         for (int r = 0; r < MR; r++)

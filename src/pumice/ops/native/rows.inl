@@ -26,8 +26,21 @@ struct TileRows {
 };
 
 // How activations are laid out. BY_32: one scale for 32 channels; all others: one a chunk. In tiles only: SHIFTED, levels
-// with 128 added, and WIDE, levels of 11 bits in 16. BFLOATS: not rounded to levels (tiles_amx.inl).
-enum Layout : int { BY_32, BY_256, SHIFTED, WIDE, BFLOATS, LAYOUTS };
+// with 128 added, and WIDE, levels of 11 bits in 16. PAIRS_BY_32 and PAIRS_BY_256: as those, but for the places of levels
+// (bytes_amx.inl). BFLOATS: not rounded to levels (tiles_amx.inl).
+enum Layout : int { BY_32, BY_256, SHIFTED, WIDE, PAIRS_BY_32, PAIRS_BY_256, BFLOATS, LAYOUTS };
+
+constexpr bool is_by_32(Layout layout) { return layout == BY_32 || layout == PAIRS_BY_32; }
+constexpr bool is_in_pairs(Layout layout) { return layout == PAIRS_BY_32 || layout == PAIRS_BY_256; }
+
+// Rows of activations in a tile of pairs, and its bytes: 16 rows of two blocks of 32 levels.
+constexpr int PAIRED_ROWS = 8, PAIR_BYTES = 2 * PAIRED_ROWS * 64;
+
+// The levels of m rows in one chunk.
+inline int64_t chunk_of_levels(int64_t m, Layout layout) {
+    if (is_in_pairs(layout)) return (m + PAIRED_ROWS - 1) / PAIRED_ROWS * (CHUNK / 64) * PAIR_BYTES;
+    return m * CHUNK * (layout == WIDE ? 2 : 1);
+}
 
 // Rows of activations that registers of 16 rows, two at a time, make room for.
 inline int64_t rows_in_tiles(int64_t m) { return (m + 31) & ~int64_t(31); }
@@ -39,7 +52,7 @@ struct Activations {
     Layout layout;
     int tile_rows;   // 0: rows stay as they are
     int level_bytes;
-    int8_t* level;  // [chunk][row][CHUNK], or [chunk][tile][groups of four bytes][row of the tile][4]
+    int8_t* level;  // [chunk][row][CHUNK], [chunk][tile][groups of four bytes][row of the tile][4], or pairs
     float *scales, *offsets;
     int16_t *sums_of_16, *sums_of_32;
     int32_t* starts;  // BY_32 in tiles: of 32 levels -8 times their sum, which makes up for weights' levels that are 8 too great
@@ -47,7 +60,7 @@ struct Activations {
     static size_t bytes(int64_t m, int64_t k, Layout layout) {
         const int64_t chunks = (k + CHUNK - 1) / CHUNK;
         if (layout == BFLOATS) return size_t(rows_in_tiles(m) * chunks) * CHUNK * 2;
-        return size_t(m * chunks) * (CHUNK * (layout == WIDE ? 2 : 1) + 8 * 4 + 8 * 4 + 32 + 32 + 8 * 4) + 64;
+        return size_t(chunks * (chunk_of_levels(m, layout) + m * (8 * 4 + 8 * 4 + 32 + 32 + 8 * 4))) + 64;
     }
 
     Activations(int64_t m_, int64_t k_, Layout layout_, int tile_rows_, uint8_t* memory)
@@ -55,7 +68,7 @@ struct Activations {
         const int64_t cells = m * chunks;
         level_bytes = layout == WIDE ? 2 : 1;
         level = (int8_t*)memory;
-        scales = (float*)(level + cells * CHUNK * level_bytes);
+        scales = (float*)(level + chunks * chunk_of_levels(m, layout));
         offsets = scales + cells * 8;
         sums_of_16 = (int16_t*)(offsets + cells * 8);
         sums_of_32 = sums_of_16 + cells * 16;
@@ -63,7 +76,7 @@ struct Activations {
     }
 
     int count(int64_t chunk) const { return int(k - chunk * CHUNK < CHUNK ? k - chunk * CHUNK : CHUNK); }
-    int scale_stride() const { return layout == BY_32 ? 8 : 1; }
+    int scale_stride() const { return is_by_32(layout) ? 8 : 1; }
 
     ChunkOfRow row(int64_t chunk, int64_t r) const {
         const int64_t cell = chunk * m + r;
@@ -73,7 +86,13 @@ struct Activations {
 
     TileRows tile(int64_t chunk, int64_t first) const {
         const ChunkOfRow c = row(chunk, first);
-        return {c.level, c.scales, c.offsets, c.sums_of_16, c.sums_of_32, starts + (chunk * m + first) * 8, scale_stride()};
+        return {is_in_pairs(layout) ? pairs(chunk, first) : c.level, c.scales, c.offsets, c.sums_of_16, c.sums_of_32, starts + (chunk * m + first) * 8, scale_stride()};
+    }
+
+    // The tiles of bytes of the eight rows that begin with `first`: [pair of blocks][block of the pair][row][block][32]. In the
+    // rows of one block the levels of the other are 0.
+    int8_t* pairs(int64_t chunk, int64_t first) const {
+        return level + chunk * chunk_of_levels(m, layout) + first / PAIRED_ROWS * (CHUNK / 64) * PAIR_BYTES;
     }
 
     // Where tiles of BFLOATS are loaded from: CHUNK channels of the 16 rows that begin with `first`.
@@ -92,11 +111,11 @@ struct Activations {
    private:
     template <class Level> void fill_with(int64_t chunk, int64_t r, const float* x, float most_level) const {
         alignas(32) Level q[CHUNK];
-        const int n = count(chunk), group = layout == BY_32 ? 32 : CHUNK;
+        const int n = count(chunk), group = is_by_32(layout) ? 32 : CHUNK;
         const int64_t cell = chunk * m + r;
         float* scale = scales + cell * scale_stride();
         if (n < CHUNK) memset(q, 0, sizeof q);
-        if (layout == BY_32) memset(scale, 0, 8 * sizeof(float));  // blocks that a short chunk lacks count nothing
+        if (is_by_32(layout)) memset(scale, 0, 8 * sizeof(float));  // blocks that a short chunk lacks count nothing
         for (int g = 0; g * group < n; g++) {
             const int size = n - g * group < group ? n - g * group : group;
             const float* in = x + g * group;
@@ -130,12 +149,20 @@ struct Activations {
             s16[j] = int16_t(sum);
         }
         for (int j = 0; j < 16; j++) s32[j] = int16_t(j < 8 ? s16[2 * j] + s16[2 * j + 1] : 0);
-        if (layout != BY_32) return;
+        if (!is_by_32(layout)) return;
         for (int j = 0; j < 8; j++) offsets[cell * 8 + j] = scale[j] * s32[j];
         for (int j = 0; tile_rows > 0 && j < 8; j++) starts[cell * 8 + j] = -8 * s32[j];
     }
 
     template <class Level> void put(int64_t chunk, int64_t r, const Level* q) const {
+        if (is_in_pairs(layout)) {
+            int8_t* out = pairs(chunk, r) + r % PAIRED_ROWS * 64;
+            for (int block = 0; block < CHUNK / 32; block++, out += PAIR_BYTES / 2) {
+                memset(out, 0, 64);
+                memcpy(out + block % 2 * 32, q + 32 * block, 32);
+            }
+            return;
+        }
         if (tile_rows == 0) {
             int8_t* out = level + (chunk * m + r) * CHUNK;
             if (SIDE_BY_SIDE == 1 || layout != BY_32) {

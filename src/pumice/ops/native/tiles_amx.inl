@@ -93,6 +93,9 @@ class TileRegisters {
     TileRegisters(const TileRegisters&) = delete;
 };
 
+// GCC's intrinsics do not say that they read memory: what is stored before is there after this.
+inline void settle_memory() { asm volatile("" : : : "memory"); }
+
 // One row of a chunk of activations, to where the tiles are loaded from: [chunk][tile][32 channels][row of the tile].
 inline void put_in_tiles(const Activations& x, int64_t chunk, int64_t r, const float* from) {
     uint16_t* out = x.in_tiles(chunk, r / TILE * TILE) + r % TILE * TILE_CHANNELS;
@@ -103,7 +106,7 @@ inline void put_in_tiles(const Activations& x, int64_t chunk, int64_t r, const f
 // c += the products of 32 rows of activations, or the first 16 of them, with a panel's chunk of `steps` times 32 channels.
 template <bool both> inline void multiply(const uint16_t* x, const uint16_t* w, int steps, int64_t chunk_tile, float* c) {
     constexpr int stride = PANEL * 4;
-    asm volatile("" : : : "memory");  // GCC's intrinsics do not say that they read memory
+    settle_memory();
     _tile_loadd(0, c, stride);
     _tile_loadd(1, c + TILE, stride);
     if constexpr (both) {
