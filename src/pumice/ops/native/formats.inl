@@ -8,7 +8,7 @@ constexpr int CHUNK = 256;
 // Panels that meet a tile of activations one after the other, while it is in the first cache (panel.inl).
 constexpr int TOGETHER = 2;
 // Up to so many rows of activations memory is waited for, and panels are read as streams (panel.inl).
-constexpr int STREAMED = 31;
+constexpr int STREAMED = 47;
 // Panels that streams lead through, one after the other; an odd number (panel.inl).
 constexpr int STREAMED_PANELS = 7;
 // So many chunks before it is filled in one is called for.

@@ -10,7 +10,7 @@
 
 namespace amx {
 // From so many rows of activations on tiles of bfloat16 are faster than those of bytes.
-constexpr int TILED_ROWS = 32;
+constexpr int TILED_ROWS = 48;
 #include "sets_avx512.inl"
 #include "tiles_amx.inl"
 #include "bytes_amx.inl"
