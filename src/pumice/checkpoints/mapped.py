@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import mmap
 import sys
@@ -22,7 +23,11 @@ class MappedFile:
     @functools.cached_property
     def _mapping(self) -> mmap.mmap:
         with self.path.open("rb") as file:
-            return mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_COPY)
+            mapping = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_COPY)
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # what is not in memory yet is read in large pages where the file system has them
+            with contextlib.suppress(OSError):
+                mapping.madvise(mmap.MADV_HUGEPAGE)
+        return mapping
 
     @functools.cached_property
     def bytes(self) -> Tensor:
