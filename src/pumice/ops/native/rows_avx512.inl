@@ -13,16 +13,14 @@ template <int each> inline __m512 spread(__m512 numbers, int first) {
     return _mm512_permutexvar_ps(_mm512_add_epi32(lanes, _mm512_set1_epi32(first)), numbers);
 }
 
-// The scales of a K-quant's chunk as floats, eight or sixteen; its mins as whole numbers.
+// The scales of a K-quant's chunk, eight or sixteen, and its mins; what both are multiplied by in the first two lanes.
 template <Format F> struct RowScales {
-    __m512 scale;
-    __m256i mins;
-    float d, dmin;
+    __m256i scale, mins;
+    __m128 d;
 
     explicit RowScales(const uint8_t* b) {
         if constexpr (F == Q4_K || F == Q5_K) {
-            d = half(u16_at(b));
-            dmin = half(u16_at(b + 2));
+            d = _mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)b));
             // Six bits each: four scales and four mins whole, the upper two bits of the other eight above them, the
             // lower four bits in the last four bytes.
             const __m128i packed = _mm_loadu_si128((const __m128i*)(b + 4));
@@ -30,23 +28,33 @@ template <Format F> struct RowScales {
             const __m128i upper = _mm_and_si128(_mm_srli_epi32(packed, 2), _mm_set1_epi8(0x30));
             const __m128i lower = _mm_srlv_epi32(_mm_shuffle_epi32(packed, 0xaa), _mm_setr_epi32(0, 4, 0, 0));
             const __m128i second = _mm_or_si128(_mm_and_si128(lower, _mm_set1_epi8(0x0f)), upper);
-            const __m128i both = _mm_unpacklo_epi32(first, second);
-            scale = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(both));  // the mins behind them are not looked at
-            mins = _mm256_cvtepu8_epi16(_mm_srli_si128(both, 8));
+            scale = _mm256_cvtepu8_epi16(_mm_unpacklo_epi32(first, second));  // the mins behind them are not looked at
+            mins = _mm256_zextsi128_si256(_mm256_extracti128_si256(scale, 1));
         } else if constexpr (F == Q6_K) {
-            d = dmin = half(u16_at(b + 208));
-            const __m128i bytes = _mm_loadu_si128((const __m128i*)(b + 192));
-            scale = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
-            mins = _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 5);
+            d = _mm_set1_ps(half(u16_at(b + 208)));
+            scale = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(b + 192)));
+            mins = _mm256_slli_epi16(scale, 5);
         } else {
             WholeScales s;
             read_scales<F>(b, CHUNK, s);
-            d = s.d;
-            dmin = s.dmin;
-            scale = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_load_si256((const __m256i*)s.scale)));
+            d = _mm_setr_ps(s.d, s.dmin, 0, 0);
+            scale = _mm256_load_si256((const __m256i*)s.scale);
             mins = _mm256_load_si256((const __m256i*)s.min);
         }
     }
+
+    // For the sums of levels 64 i to 64 i + 127 as `_mm512_packs_epi32` puts them side by side.
+    __m512i of_pair(int i) const {
+        constexpr int lanes = Traits<F>::sub / 16;  // of 128 bits, that share a scale
+        const __m512i first = _mm512_srli_epi16(_mm512_setr_epi64(0, 0, one_each, one_each, 2 * one_each, 2 * one_each,
+                                                                  3 * one_each, 3 * one_each), lanes - 1);
+        const __m512i second = _mm512_set_epi64(4 / lanes * one_each, 0, 4 / lanes * one_each, 0, 4 / lanes * one_each, 0, 4 / lanes * one_each, 0);
+        const __m512i place = _mm512_add_epi16(_mm512_add_epi16(first, second), _mm512_set1_epi16(int16_t(i * 4 / lanes)));
+        return _mm512_permutexvar_epi16(place, _mm512_castsi256_si512(scale));
+    }
+
+   private:
+    static constexpr int64_t one_each = 0x0001000100010001;
 };
 
 // Levels 64 i to 64 i + 63 of a K-quant's chunk at b.
@@ -74,28 +82,32 @@ template <Format F> inline __attribute__((always_inline)) __m512i levels64(const
     if constexpr (F == Q2_K) return kept(shifted(twice(16 + 32 * side), 2 * part, 2 * part + 2), 3);
 }
 
+// Sums of four products fit into 16 bits, so scales are multiplied in and all are added up as whole numbers.
 template <Format F, int MR>
 inline __attribute__((always_inline)) void whole_chunk(const uint8_t* b, const ChunkOfRow& x, __m512 (&acc)[MR][2]) {
+    static_assert(4 * ((1 << Traits<F>::bits) - 1) * 127 < 1 << 15);
     constexpr int sub = Traits<F>::sub;
     const RowScales<F> s(b);
-    __m512 total[MR];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        const __m512i w = levels64<F>(b, i);
-        const __m512 scale = spread<sub / 4>(s.scale, 64 / sub * i);
+    __m512i total[MR];
+    for (int m = 0; m < MR; m++) total[m] = _mm512_setzero_si512();
+#pragma GCC unroll 2
+    for (int i = 0; i < 4; i += 2) {
+        const __m512i w[2] = {levels64<F>(b, i), levels64<F>(b, i + 1)}, scale = s.of_pair(i);
 #pragma GCC unroll 4
         for (int m = 0; m < MR; m++) {
-            const __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w, activations_at(x.level + m * CHUNK + 64 * i));
-            const __m512 p = _mm512_cvtepi32_ps(sum);
-            total[m] = i == 0 ? _mm512_mul_ps(scale, p) : _mm512_fmadd_ps(scale, p, total[m]);
+            const auto sums = [&](int of) {
+                return _mm512_dpbusd_epi32(_mm512_setzero_si512(), w[of], activations_at(x.level + m * CHUNK + 64 * (i + of)));
+            };
+            total[m] = _mm512_dpwssd_epi32(total[m], _mm512_packs_epi32(sums(0), sums(1)), scale);
         }
     }
     for (int m = 0; m < MR; m++) {
         const int16_t* sums = x.sums<sub>() + 16 * m;
         const __m256i low = _mm256_madd_epi16(s.mins, _mm256_loadu_si256((const __m256i*)sums));
         const __m512 lows = _mm512_zextps256_ps512(_mm256_cvtepi32_ps(low));
-        acc[m][0] = _mm512_fmadd_ps(_mm512_set1_ps(s.d * x.scales[m]), total[m], acc[m][0]);
-        acc[m][1] = _mm512_fnmadd_ps(_mm512_set1_ps(s.dmin * x.scales[m]), lows, acc[m][1]);
+        const __m128 d = _mm_mul_ps(s.d, _mm_set1_ps(x.scales[m]));
+        acc[m][0] = _mm512_fmadd_ps(_mm512_broadcastss_ps(d), _mm512_cvtepi32_ps(total[m]), acc[m][0]);
+        acc[m][1] = _mm512_fnmadd_ps(_mm512_broadcastss_ps(_mm_movehdup_ps(d)), lows, acc[m][1]);
     }
 }
 
