@@ -64,7 +64,7 @@ ROWS = {
     ("start", "peak_bytes"): "peak memory with a short text, GB",
     ("features", "off"): "image features, 1 - least cosine against float32",
     ("features", "off_bfloat16"): "the same, the tower in bfloat16",
-    ("features", "off_outliers"): "of this tower where 4 channels of each norm are 20 times greater",
+    ("features", "off_outliers"): "of this tower where norms give 4 channels 20 times greater, which count as before",
     ("features", "off_outliers_bfloat16"): "the same, the tower in bfloat16",
     ("image-1.5", "load_s"): "load, s",
     ("image-1.5", "peak_bytes"): "peak memory with a picture, LLaVA 1.5, GB",
@@ -235,12 +235,13 @@ def _limits(measured: Sequence[Limits]) -> list[str]:
 
 
 def _head(chosen: argparse.Namespace, job: Job, names: Sequence[str], load_before: float) -> list[str]:
+    kernels = f" Kernels for {os.environ['PUMICE_CPU']}." if "PUMICE_CPU" in os.environ else ""
     file_gb = (job.model.stat().st_size + job.eyes["1.5"].stat().st_size) / 1e9
     return [
         f"# LLaVA on this CPU: {chosen.shape}, {chosen.quant}, random weights",
         "",
         "Made by `python bench/cpu.py`: " + ", ".join(_programs(names, job)) + ".",
-        f"{processor()}; {chosen.threads} threads. Load average {load_before:.1f} before,",
+        f"{processor()}; {chosen.threads} threads.{kernels} Load average {load_before:.1f} before,",
         f"{os.getloadavg()[0]:.1f} after: only a quiet machine gives figures. Language model and projector take",
         f"{file_gb:.2f} GB on disk. llama.cpp runs 22 of the 23 blocks of the tower, pumice all; of a picture of five",
         "tiles llama.cpp reads 2880 tokens, pumice 2928. `best` is llama.cpp with `-ub 1024` and without repacking.",

@@ -24,7 +24,8 @@ class MappedFile:
     def _mapping(self) -> mmap.mmap:
         with self.path.open("rb") as file:
             mapping = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_COPY)
-        if hasattr(mmap, "MADV_HUGEPAGE"):  # what is not in memory yet is read in large pages where the file system has them
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            # What is not in memory yet is then read in large pages, where the file system has them: found sooner ever after.
             with contextlib.suppress(OSError):
                 mapping.madvise(mmap.MADV_HUGEPAGE)
         return mapping
