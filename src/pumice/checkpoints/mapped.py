@@ -25,7 +25,7 @@ class MappedFile:
         with self.path.open("rb") as file:
             mapping = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_COPY)
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            # What is not in memory yet is then read in large pages, where the file system has them: found sooner ever after.
+            # What is not in memory yet is read in large pages where the file system has them, which are found sooner.
             with contextlib.suppress(OSError):
                 mapping.madvise(mmap.MADV_HUGEPAGE)
         return mapping
