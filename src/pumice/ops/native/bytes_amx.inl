@@ -1,4 +1,5 @@
-// Up to 31 rows of activations on AMX: panels of bytes, multiplied in tiles, for formats whose scales are for 32 weights.
+// Fewer than TILED_ROWS rows of activations on AMX: panels of bytes, multiplied in tiles, for formats with a scale for each 32
+// weights.
 //
 // TDPBSSD adds to 16 x 16 sums the products of 16 rows of 64 bytes, and of 64 bytes of 16 columns that lie in groups of four
 // (Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, TDPBSSD). That is two blocks of 32, whose sums must
@@ -22,7 +23,7 @@ template <Format F> struct BytePanel : PanelChunk<F> {
         for (int g = 0; g < 8; g++) put(first, 8 * i + g, _mm256_sub_epi8(q[g], zero));
     }
 
-    // As they lie in a block of Q4_0: levels of 0 to 15, of which 8 stands for nothing, and 16 behind the first in the upper half.
+    // Dwords as they lie in a block of Q4_0: a level in the lower half of each byte, and the one 16 behind it in the upper.
     void put_packed(int first, int i, const __m256i (&packed)[4]) {
         const __m256i upper = _mm256_set1_epi8(char(0xf0)), flip = _mm256_set1_epi8(char(0x80));
         constexpr int both_then_flip = 0x6a;  // (a & b) ^ c

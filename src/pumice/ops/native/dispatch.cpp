@@ -21,8 +21,8 @@ const Kernels& kernels(int32_t isa) {
 }
 
 #ifdef PUMICE_X86
-// Whether the CPU multiplies tiles of bytes and of bfloat16, and Linux keeps their registers for the threads of this process: they are
-// many bytes, so it does that for those only that ask (Documentation/arch/x86/xstate.rst).
+// Whether the CPU multiplies tiles of bytes and of bfloat16, and Linux keeps their registers for the threads of this process:
+// they are many bytes, so it does that for those only that ask (Documentation/arch/x86/xstate.rst).
 bool has_tiles() {
 #ifdef PUMICE_AMX
     constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;

@@ -86,7 +86,8 @@ struct Activations {
 
     TileRows tile(int64_t chunk, int64_t first) const {
         const ChunkOfRow c = row(chunk, first);
-        return {is_in_pairs(layout) ? pairs(chunk, first) : c.level, c.scales, c.offsets, c.sums_of_16, c.sums_of_32, starts + (chunk * m + first) * 8, scale_stride()};
+        const int8_t* levels = is_in_pairs(layout) ? pairs(chunk, first) : c.level;
+        return {levels, c.scales, c.offsets, c.sums_of_16, c.sums_of_32, starts + (chunk * m + first) * 8, scale_stride()};
     }
 
     // The tiles of bytes of the eight rows that begin with `first`: [pair of blocks][block of the pair][row][block][32]. In the

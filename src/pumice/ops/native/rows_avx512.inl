@@ -1,19 +1,17 @@
 // Products of single rows of weights, as they lie in the file, with a few rows of activations: AVX-512 VNNI.
 //
 // Fewer instructions than memory takes time: 64 levels at a time, and sums of four in one step. Sums of a K-quant's chunk
-// stay whole numbers below 2^24 in floats, so they are exact there too.
+// are whole numbers up to 2^24, so they are exact as floats too.
 
 inline __m512i activations_at(const int8_t* x) { return _mm512_loadu_si512(x); }
 
-// The number that `lane` has of a vector in each of sixteen lanes: `each` lanes share one, from number `first` on.
-template <int each> inline __m512 spread(__m512 numbers, int first) {
-    static_assert(each == 4 || each == 8);
-    const __m512i four = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    const __m512i lanes = each == 4 ? four : _mm512_srli_epi32(four, 1);
+// Four numbers of a vector, from number `first` on, each in four lanes.
+inline __m512 spread(__m512 numbers, int first) {
+    const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
     return _mm512_permutexvar_ps(_mm512_add_epi32(lanes, _mm512_set1_epi32(first)), numbers);
 }
 
-// The scales of a K-quant's chunk, eight or sixteen, and its mins; what both are multiplied by in the first two lanes.
+// The scales of a K-quant's chunk, eight or sixteen, and its mins; `d` has what these and those are multiplied by.
 template <Format F> struct RowScales {
     __m256i scale, mins;
     __m128 d;
@@ -46,15 +44,11 @@ template <Format F> struct RowScales {
     // For the sums of levels 64 i to 64 i + 127 as `_mm512_packs_epi32` puts them side by side.
     __m512i of_pair(int i) const {
         constexpr int lanes = Traits<F>::sub / 16;  // of 128 bits, that share a scale
-        const __m512i first = _mm512_srli_epi16(_mm512_setr_epi64(0, 0, one_each, one_each, 2 * one_each, 2 * one_each,
-                                                                  3 * one_each, 3 * one_each), lanes - 1);
-        const __m512i second = _mm512_set_epi64(4 / lanes * one_each, 0, 4 / lanes * one_each, 0, 4 / lanes * one_each, 0, 4 / lanes * one_each, 0);
-        const __m512i place = _mm512_add_epi16(_mm512_add_epi16(first, second), _mm512_set1_epi16(int16_t(i * 4 / lanes)));
-        return _mm512_permutexvar_epi16(place, _mm512_castsi256_si512(scale));
+        const __m512i lane = _mm512_shuffle_epi8(_mm512_setr_epi64(0, 0, 1, 0, 2, 0, 3, 0), _mm512_set1_epi16(int16_t(0x0100)));
+        const __m512i later = _mm512_maskz_set1_epi16(0xf0f0f0f0, 4 / lanes);  // in the upper half of each lane
+        const __m512i place = _mm512_add_epi16(_mm512_srli_epi16(lane, lanes - 1), later);
+        return _mm512_permutexvar_epi16(_mm512_add_epi16(place, _mm512_set1_epi16(int16_t(i * 4 / lanes))), _mm512_castsi256_si512(scale));
     }
-
-   private:
-    static constexpr int64_t one_each = 0x0001000100010001;
 };
 
 // Levels 64 i to 64 i + 63 of a K-quant's chunk at b.
@@ -203,7 +197,7 @@ inline __attribute__((always_inline)) void float_chunk(const uint8_t* b, int cou
             const int8_t* xm = x.level + m * CHUNK + 32 * i;
             __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), low, activations_at(xm));
             sum = _mm512_dpbusd_epi32(sum, high, activations_at(xm + 64));
-            acc[m][0] = _mm512_fmadd_ps(spread<4>(scale[m], i), _mm512_cvtepi32_ps(sum), acc[m][0]);
+            acc[m][0] = _mm512_fmadd_ps(spread(scale[m], i), _mm512_cvtepi32_ps(sum), acc[m][0]);
         }
     }
 }
