@@ -24,7 +24,7 @@ class MappedFile:
     def _mapping(self) -> mmap.mmap:
         with self.path.open("rb") as file:
             mapping = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_COPY)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
+        if sys.platform == "linux":
             # What is not in memory yet is read in large pages where the file system has them, which are found sooner.
             with contextlib.suppress(OSError):
                 mapping.madvise(mmap.MADV_HUGEPAGE)
