@@ -36,7 +36,7 @@ template <class Work> double best_s(int tries, Work work) {
     return best;
 }
 
-// Large pages where they can be had, or small ones, as those of a mapped file: then the finding of pages is measured too.
+// Large pages where they can be had, or small ones, as those of a mapped file in most file systems: then the finding of pages is measured too.
 std::unique_ptr<uint64_t, decltype(&std::free)> memory_of(size_t bytes, bool small_pages) {
     const size_t large = size_t(2) << 20;
     void *at = std::aligned_alloc(large, (bytes + large - 1) / large * large);

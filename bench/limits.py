@@ -12,7 +12,7 @@ READ_BYTES = 1_500_000_000
 """More than any cache holds."""
 MEANING = {
     "read": "memory is read, GB/s",
-    "mapped": "the same in small pages, as a mapped file has them, GB/s",
+    "mapped": "the same in small pages, as a mapped file has them where its file system has no larger, GB/s",
     "fp32": "float32 multiply-adds, Gop/s",
     "int8": "byte products summed in 32 bits, Gop/s",
     "narrow": "four-bit by byte products summed in 16 bits, Gop/s",

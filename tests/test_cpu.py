@@ -3,6 +3,8 @@ ones that it would not choose."""
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import subprocess
 import sys
@@ -63,11 +65,11 @@ def far(given: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("name", BLOCKS)
 def test_products_are_those_of_the_rounded_activations(name: str, instruction_set: str) -> None:
     whole = name.endswith("_K")
-    shapes = [(48, 512), (37, 768), (549, 512)] + ([] if whole else [(16, 96), (20, 288), (5, 32), (549, 288)])
+    shapes = [(48, 512), (37, 768), (960, 512)] + ([] if whole else [(16, 96), (20, 288), (5, 32), (549, 288)])
     draw = torch.Generator().manual_seed(1)
     for rows, columns in shapes:
         weight = matrix(name, rows, columns)
-        for m in (3, 8, 47) if rows > 500 else (1, 2, 3, 4, 5, 8, 13, 31, 40, 47, 48, 66):
+        for m in (3, 8, 47, 50) if rows > 500 else (1, 2, 3, 4, 5, 8, 13, 31, 40, 47, 48, 66):
             x_MK = torch.randn(m, columns, generator=draw) * torch.logspace(-3, 3, m)[:, None]
             bias_N = torch.randn(rows, generator=draw)
             (y_MN,) = cpu.linears(x_MK, [weight], [bias_N])
@@ -106,7 +108,7 @@ def test_a_row_is_the_same_beside_any_others(name: str, instruction_set: str) ->
 def test_tiles_of_bytes_give_what_vectors_give(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit by bit, below the rows that are rounded to bfloat16."""
     draw = torch.Generator().manual_seed(12)
-    for rows, columns in [(37, 768), (600, 512)] + ([] if name.endswith("_K") else [(20, 288)]):
+    for rows, columns in [(37, 768), (960, 512)] + ([] if name.endswith("_K") else [(20, 288)]):
         weight, given = matrix(name, rows, columns), {}
         for m in (3, 8, 9, TILED_ROWS - 1):
             x_MK = torch.randn(m, columns, generator=draw)
@@ -192,6 +194,25 @@ def test_short_rows_read_nothing_left_over(instruction_set: str, monkeypatch: py
             for m in (1, 3, 12, 37, 50):
                 x_MK = torch.randn(m, columns, generator=torch.Generator().manual_seed(m))
                 assert cpu.linears(x_MK, [matrix(name, 5, columns)], [None])[0].isfinite().all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is taken away as Linux does it")
+@pytest.mark.parametrize("name", BLOCKS)
+def test_nothing_is_read_behind_the_weights(name: str, instruction_set: str) -> None:
+    """Their last byte is the last of its page, and the next page is not to be read."""
+    for rows, columns in ((5, 256), (33, 512), (97, 256)) if name.endswith("_K") else ((5, 32), (33, 288), (97, 96)):
+        weight = matrix(name, rows, columns)
+        size, page = weight.data_RB.numel(), mmap.PAGESIZE
+        readable = -(-size // page) * page
+        memory = mmap.mmap(-1, readable + page)
+        behind = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + readable
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(behind), ctypes.c_size_t(page), 0) == 0
+        data_B = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=readable - size)
+        data_B.copy_(weight.data_RB.flatten())
+        at_the_end = QTensor(data_B.view_as(weight.data_RB), weight.format)
+        for m in (1, 2, 3, 9, TILED_ROWS - 1, TILED_ROWS):
+            x_MK = torch.randn(m, columns, generator=torch.Generator().manual_seed(m))
+            assert torch.equal(cpu.linears(x_MK, [at_the_end], [None])[0], cpu.linears(x_MK, [weight], [None])[0])
 
 
 def test_odd_inputs() -> None:

@@ -4,7 +4,7 @@
 // TDPBSSD adds to 16 x 16 sums the products of 16 rows of 64 bytes, and of 64 bytes of 16 columns that lie in groups of four
 // (Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, TDPBSSD). That is two blocks of 32, whose sums must
 // not meet: each row of activations is there twice, and of each block one of the two has nothing but 0. What is added up is
-// what the kernels of `avx512` add up, bit by bit (micro_avx512.inl).
+// what the kernels of `avx512` add up, bit by bit (micro_avx512.inl), but where Q4_0's scales leave what float32 holds.
 
 // Levels have signs here. Those of Q4_0 stay in the upper half of their byte, so they are 16 times what they stand for.
 template <Format F> struct BytePanel : PanelChunk<F> {
@@ -61,7 +61,6 @@ inline __attribute__((always_inline)) void tile(const BytePanel<F>& w, int, cons
         _tile_dpbssd(4, 0, 3);
         _tile_stored(2, sum[0], 64);
         _tile_stored(4, sum[1], 64);
-        settle_memory();
     };
     const auto add = [&](int pair) __attribute__((always_inline)) {
         wanted.some<F>();

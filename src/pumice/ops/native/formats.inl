@@ -9,8 +9,10 @@ constexpr int CHUNK = 256;
 constexpr int TOGETHER = 2;
 // Up to so many rows of activations memory is waited for, and panels are read as streams (panel.inl).
 constexpr int STREAMED = 47;
-// Panels that streams lead through, one after the other; an odd number (panel.inl).
+static_assert(TILED_ROWS == 0 || TILED_ROWS == STREAMED + 1, "beside fewer rows tiles of bytes are streamed");
+// Panels that streams lead through, one after the other: an odd number (panel.inl), also when it is halved.
 constexpr int STREAMED_PANELS = 7;
+static_assert((STREAMED_PANELS & (STREAMED_PANELS + 1)) == 0, "all bits are set");
 // So many chunks before it is filled in one is called for.
 constexpr int CHUNKS_AHEAD = 2;
 // As TOGETHER, where activations are tiles of bfloat16, which come from further away (tiles_amx.inl).

@@ -1,7 +1,7 @@
 // Products of single rows of weights, as they lie in the file, with a few rows of activations: AVX-512 VNNI.
 //
-// Fewer instructions than memory takes time: 64 levels at a time, and sums of four in one step. Sums of a K-quant's chunk
-// are whole numbers up to 2^24, so they are exact as floats too.
+// Fewer instructions than memory takes time: 64 levels at a time, and sums of four in one step. What a lane
+// adds up of a K-quant's chunk is a whole number below 2^24, so it is exact as a float too.
 
 inline __m512i activations_at(const int8_t* x) { return _mm512_loadu_si512(x); }
 

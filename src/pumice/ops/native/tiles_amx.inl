@@ -93,7 +93,7 @@ class TileRegisters {
     TileRegisters(const TileRegisters&) = delete;
 };
 
-// GCC's intrinsics do not say that they read memory: what is stored before is there after this.
+// GCC's intrinsics do not say that they read memory, only that they write it: what is stored before is there after this.
 inline void settle_memory() { asm volatile("" : : : "memory"); }
 
 // One row of a chunk of activations, to where the tiles are loaded from: [chunk][tile][32 channels][row of the tile].
