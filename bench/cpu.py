@@ -56,6 +56,7 @@ ROWS = {
     ("prefill-576", "tokens_per_s"): "prefill of 576 tokens, tokens/s",
     ("prefill-2880", "tokens_per_s"): "prefill of 2880 tokens, tokens/s",
     ("decode", "tokens_per_s"): "decode, tokens/s",
+    ("decode", "of_reading"): "a step of it, of the rate at which the same file is read between steps",
     ("image-1.5", "first_s"): "first token of a picture, LLaVA 1.5, s",
     ("image-1.6", "first_s"): "first token of a picture of five tiles, LLaVA 1.6, s",
     ("start", "start_s"): "a process from its start to the first token of a short text, s",
@@ -159,12 +160,6 @@ def tile_ops(vision: VisionConfig, width_out: int) -> float:
     return 2.0 * (vision.blocks_needed * block + tokens * width * 3 * vision.patch_px**2 + projector)
 
 
-def read_bytes(shape: random_models.Shape, mix: str) -> int:
-    """Weights that a decode step reads: all but the table of embeddings."""
-    sizes = random_models.tensor_bytes(shape.text, mix)
-    return sum(sizes.values()) - sizes["token_embd.weight"]
-
-
 def _bounds(job: Job, measured: Mapping[str, Sequence[Limits]]) -> dict[tuple[str, str], dict[str, float]]:
     """For each figure its best possible value by each limit that binds it, under the limit's name. measured: limits
     before each phase; those before its own count, since a machine that others share is now faster, now slower."""
@@ -174,7 +169,7 @@ def _bounds(job: Job, measured: Mapping[str, Sequence[Limits]]) -> dict[tuple[st
         middle = {name: statistics.median(vars(each)[name] for each in those) for name in limits.MEANING}
         there = {name: value for name, value in middle.items() if value}
         if phase == "decode":
-            weights = read_bytes(shape, mix)
+            weights = random_models.read_bytes(shape, mix)
             found[phase, "tokens_per_s"] = {name: middle[name] / weights for name in ("read", "mapped")}
         elif phase == "image-1.5":
             ops = tile_ops(shape.vision, shape.text.width)

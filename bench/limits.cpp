@@ -1,5 +1,6 @@
 // What this machine can do at most, as one line of JSON: reading memory, and multiply-adds that wait for nothing.
-// Made and run by limits.py: limits THREADS BYTES. Each figure is the best of several short tries.
+// Made and run by limits.py: limits THREADS BYTES. Each figure is the best of several short tries. As a library it has the
+// loop that reads, for memory of the caller.
 //
 // int8:   products of two bytes summed in 32 bits.
 // narrow: products of a byte and a value of four bits, summed in 16 bits as long as they fit; the same as int8 where
@@ -50,7 +51,7 @@ std::unique_ptr<uint64_t, decltype(&std::free)> memory_of(size_t bytes, bool sma
 }
 
 // A function of its own: inside a lambda GCC keeps the sum in memory.
-uint64_t sum_of(const uint64_t *word, int64_t words, int threads) {
+extern "C" uint64_t sum_of(const uint64_t *word, int64_t words, int threads) {
     uint64_t sum = 0;
 #pragma omp parallel for simd num_threads(threads) schedule(static) reduction(+ : sum)
     for (int64_t i = 0; i < words; ++i) sum += word[i];

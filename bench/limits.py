@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shutil
 import subprocess
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 READ_BYTES = 1_500_000_000
 """More than any cache holds."""
@@ -36,14 +40,31 @@ class Limits:
 
 def build(folder: Path) -> Path | None:
     """The program, compiled; None where no compiler is installed."""
+    return _compiled(folder / "limits", [])
+
+
+def reader(folder: Path, threads: int) -> Callable[[Tensor], None] | None:
+    """The loop behind `read`, for bytes of the caller's; None where no compiler is installed."""
+    compiled = _compiled(folder / "limits.so", ["-shared", "-fPIC"])
+    if compiled is None:
+        return None
+    loop = ctypes.CDLL(str(compiled)).sum_of
+    loop.restype, loop.argtypes = ctypes.c_uint64, [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+
+    def read(bytes_N: Tensor) -> None:
+        loop(bytes_N.data_ptr(), bytes_N.numel() // 8, threads)
+
+    return read
+
+
+def _compiled(to: Path, more: Sequence[str]) -> Path | None:
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         return None
-    folder.mkdir(parents=True, exist_ok=True)
-    program, source = folder / "limits", Path(__file__).with_name("limits.cpp")
-    flags = ["-O3", "-march=native", "-fopenmp", "-std=c++17"]
-    subprocess.run([compiler, *flags, str(source), "-o", str(program)], check=True)
-    return program
+    to.parent.mkdir(parents=True, exist_ok=True)
+    flags = ["-O3", "-march=native", "-fopenmp", "-std=c++17", *more]
+    subprocess.run([compiler, *flags, str(Path(__file__).with_name("limits.cpp")), "-o", str(to)], check=True)
+    return to
 
 
 def measure(program: Path, threads: int, read_bytes: int = READ_BYTES) -> Limits:

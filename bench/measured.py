@@ -11,10 +11,15 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import limits
 import random_models
 import torch
+
+if TYPE_CHECKING:
+    from pumice.engine import Engine
 
 REPEATS = 3
 DECODED_TOKENS = 32
@@ -51,7 +56,7 @@ def pumice(phase: str, model_path: str, eyes_path: str, picture: str) -> dict[st
     def prefill(tokens: int) -> Engine:
         ids = torch.randint(3, network.config.text.vocab, (tokens,), generator=torch.Generator().manual_seed(0))
         engine = Engine(network, Limits(drafts=0))  # random weights repeat themselves: a step would be several tokens
-        generation = engine.submit(Request(ids.tolist(), [], Sampling(max_tokens=DECODED_TOKENS + 1)))
+        generation = engine.submit(Request(ids.tolist(), [], Sampling(max_tokens=2 * DECODED_TOKENS + 2)))
         while not generation.steps:
             engine.step()
         return engine
@@ -63,7 +68,8 @@ def pumice(phase: str, model_path: str, eyes_path: str, picture: str) -> dict[st
     if phase == "decode":
         engine = prefill(1)
         passed = seconds(lambda: [engine.step() for _ in range(DECODED_TOKENS)])
-        return figures | {"tokens_per_s": DECODED_TOKENS / passed}
+        figures["tokens_per_s"] = DECODED_TOKENS / passed
+        return figures | of_reading(engine, Path(model_path))
     once = Sampling(max_tokens=1)
     figures["first_s"] = seconds(lambda: model.ask(QUESTION, picture, system=NO_SYSTEM, sampling=once))
     if phase == "image-1.5":
@@ -75,6 +81,23 @@ def pumice(phase: str, model_path: str, eyes_path: str, picture: str) -> dict[st
             passed = [seconds(lambda: network.encode(pixels, [seen.grid])) for _ in range(REPEATS)]
         figures["encode_s"] = statistics.median(passed)
     return figures
+
+
+def of_reading(engine: Engine, model: Path) -> dict[str, float]:
+    """How fast a step reads weights, as a share of how fast a loop reads the same file between steps: memory that
+    others share is now faster, now slower. Medians. Nothing where no compiler is installed."""
+    from pumice.checkpoints.mapped import MappedFile
+
+    shape, _, mix = model.stem.partition("-")
+    weights = random_models.read_bytes(random_models.SHAPES[shape], mix)
+    file_N = MappedFile(model, model.stat().st_size).bytes
+    read = limits.reader(model.parent, torch.get_num_threads())
+    if read is None:
+        return {}
+    read(file_N)
+    pairs = [(seconds(engine.step), seconds(lambda: read(file_N))) for _ in range(DECODED_TOKENS)]
+    step_s, file_s = (statistics.median(each) for each in zip(*pairs))
+    return {"of_reading": weights / step_s * file_s / file_N.numel()}
 
 
 def ready(model_path: str, eyes_path: str) -> None:

@@ -145,6 +145,12 @@ def tensor_bytes(text: TextConfig, mix: str) -> dict[str, int]:
     return {name: stored_bytes(sizes, FORMATS[format]) for name, sizes, format in _text_tensors(text, mix)}
 
 
+def read_bytes(shape: Shape, mix: str) -> int:
+    """Weights that a decode step reads: all but the table of embeddings."""
+    sizes = tensor_bytes(shape.text, mix)
+    return sum(sizes.values()) - sizes["token_embd.weight"]
+
+
 def _text_keys(text: TextConfig, mix: str) -> dict[str, Value]:
     numbers = {
         "context_length": text.max_positions, "embedding_length": text.width, "block_count": text.layers,

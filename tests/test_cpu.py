@@ -192,7 +192,7 @@ def test_several_matrices_share_their_input() -> None:
 @pytest.mark.parametrize("m", [1, 2, 8, 50])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_every_row_has_its_turn(threads: int, m: int, rows: tuple[int, ...], instruction_set: str) -> None:
-    """Threads take long spans of rows, then short ones, across matrices; together these are all rows."""
+    """Threads take spans of rows, shorter and shorter, across matrices; together these are all rows."""
     x_MK = torch.randn(m, 32, generator=torch.Generator().manual_seed(3))
     weights = [matrix("Q8_0", each, 32, each) for each in rows]
     pieces = [[QTensor(data_RB, each.format) for data_RB in each.data_RB.split(64)] for each in weights]

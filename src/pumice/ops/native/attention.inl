@@ -151,7 +151,7 @@ inline void attention_of_few(const Attention& a, int threads, float* scores) {
     const auto attend_heads = a.pages.type == OF_FLOAT  ? attend_all<float>
                               : a.pages.type == OF_HALF ? attend_all<Half>
                                                         : attend_all<Bfloat>;
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (a.rows * a.heads * a.positions > 2048)
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (a.rows * a.heads * a.positions > 256)
     for (int64_t piece = 0; piece < a.rows * a.kv_heads; piece++) {
         const int64_t row = piece / a.kv_heads, shared = piece % a.kv_heads, head = shared * group;
         float* score = scores + int64_t(omp_get_thread_num()) * QUERIES * in_vectors(a.positions);

@@ -5,10 +5,9 @@
 
 // Up to so many rows of activations a panel costs more to make than it saves.
 constexpr int FEW_ROWS = 2;
-// Rows of weights that a thread takes at a time where rows are read one by one, while little is left.
-constexpr int64_t SPAN = 64;
-// So many times as much it takes before: memory comes faster in long streams.
-constexpr int64_t LONG = 4;
+// Rows of weights that a thread takes at a time where rows are read one by one. Memory comes faster in long streams, and
+// all shall end together: it is half of the thread's share of what is left, within these bounds.
+constexpr int64_t LONGEST = 512, SHORTEST = 32;
 
 // Row `first` of weights, and others `apart` rows from each other, S in all, with all rows of activations, up to four of these
 // at a time.
@@ -93,63 +92,54 @@ inline int64_t scratch_bytes(int64_t m, int64_t k, int threads) {
     return bytes;
 }
 
-// The rows of some matrices as threads take them: span by span, in the end short ones, so that all end together.
+// Some rows of a matrix, which one thread takes.
+struct Span {
+    const Matrix* of;
+    int64_t first, last;
+};
+
+// The rows of some matrices as threads take them, span by span.
 class Spans {
     const Matrix* matrices;
-    int count_of_matrices;
-    int64_t rows = 0, shortest, longest, left_for_short;
+    int64_t rows = 0, shortest, longest;
+    int threads;
+    bool by_streams;
+    int64_t taken = 0;
 
-    // Of a matrix with `later` rows in those behind it.
-    struct Shares {
-        int64_t in_long, in_short;
-    };
-    Shares shares(const Matrix& of, int64_t later) const {
-        const int64_t kept = left_for_short > later ? left_for_short - later : 0;
-        const int64_t in_long = of.rows > kept ? (of.rows - kept + longest - 1) / longest : 0, left = of.rows - in_long * longest;
-        return {in_long, left > 0 ? (left + shortest - 1) / shortest : 0};
+    int64_t length(int64_t left) const {
+        const int64_t half = left / (2 * threads), wanted = half < shortest ? shortest : half > longest ? longest : half;
+        // An odd number for each stream: where streams lie whole pages apart, as they would by 64 rows of 2304 bytes, they
+        // wait for each other.
+        return by_streams ? STREAMS * (wanted / STREAMS | 1) : wanted;
     }
 
    public:
-    struct Span {
-        const Matrix& of;
-        int64_t first, last;
-    };
-
-    Spans(const Matrix* matrices_, int count_, int64_t m, int threads) : matrices(matrices_), count_of_matrices(count_) {
-        for (int i = 0; i < count_of_matrices; i++) rows += matrices[i].rows;
-        shortest = SPAN;
+    Spans(const Matrix* matrices_, int count, int64_t m, int threads_) : matrices(matrices_), threads(threads_) {
+        for (int i = 0; i < count; i++) rows += matrices[i].rows;
+        by_streams = !are_many(m);
+        shortest = SHORTEST;
+        longest = LONGEST;
         if (are_many(m)) {
             // Not so many panels that some threads get none.
             int64_t panels = are_tiled(m) ? TILED_TOGETHER : m > STREAMED ? TOGETHER : STREAMED_PANELS;
             while (panels > 1 && rows < 4 * threads * panels * PANEL) panels /= 2;
-            shortest = panels * PANEL;
+            shortest = longest = panels * PANEL;
         }
-        longest = are_many(m) ? shortest : LONG * shortest;
-        left_for_short = 2 * threads * longest;  // who ends a long one last leaves the others so much to do
     }
 
-    int64_t count() const {
-        int64_t spans = 0, later = rows;
-        for (int i = 0; i < count_of_matrices; i++) {
-            const Shares of = shares(matrices[i], later -= matrices[i].rows);
-            spans += of.in_long + of.in_short;
+    // The next rows that nobody has taken; false where none are left.
+    bool take(Span& span) {
+        for (int64_t from = __atomic_load_n(&taken, __ATOMIC_RELAXED); from < rows;) {
+            const Matrix* of = matrices;
+            int64_t first = from;
+            for (; first >= of->rows; of++) first -= of->rows;
+            const int64_t wanted = first + length(rows - from), last = wanted < of->rows ? wanted : of->rows;
+            if (__atomic_compare_exchange_n(&taken, &from, from + last - first, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+                span = {of, first, last};
+                return true;
+            }
         }
-        return spans;
-    }
-
-    Span at(int64_t n) const {
-        int64_t later = rows - matrices[0].rows;
-        int i = 0;
-        Shares of = shares(matrices[0], later);
-        while (n >= of.in_long + of.in_short) {
-            n -= of.in_long + of.in_short;
-            i++;
-            of = shares(matrices[i], later -= matrices[i].rows);
-        }
-        const bool is_long = n < of.in_long;
-        const int64_t first = is_long ? n * longest : of.in_long * longest + (n - of.in_long) * shortest;
-        const int64_t last = first + (is_long ? longest : shortest);
-        return {matrices[i], first, last < matrices[i].rows ? last : matrices[i].rows};
+        return false;
     }
 };
 
@@ -175,9 +165,7 @@ inline void matmul(const Matrix* matrices, int count, const float* x, int64_t x_
     float* sums = (float*)at;
     bool wanted[LAYOUTS] = {};
     for (int i = 0; i < count; i++) wanted[layout_of(matrices[i].format, m)] = true;
-    const Spans spans(matrices, count, m, threads);
-    const int64_t count_of_spans = spans.count();
-    int64_t next = 0;
+    Spans spans(matrices, count, m, threads);
 #pragma omp parallel num_threads(threads)
     {
         const int64_t chunks = as[0].chunks, cells = m * chunks;
@@ -188,13 +176,7 @@ inline void matmul(const Matrix* matrices, int count, const float* x, int64_t x_
                 if (wanted[layout]) put(as[layout], chunk, r, x + r * x_stride + chunk * CHUNK);
         }
         float* c = sums + omp_get_thread_num() * sums_of(m);
-        for (;;) {
-            int64_t mine;
-#pragma omp atomic capture
-            mine = next++;
-            if (mine >= count_of_spans) break;
-            const Spans::Span span = spans.at(mine);
-            part_of(span.of, as[layout_of(span.of.format, m)], span.first, span.last, c);
-        }
+        for (Span span; spans.take(span);)
+            part_of(*span.of, as[layout_of(span.of->format, m)], span.first, span.last, c);
     }
 }

@@ -205,8 +205,8 @@ inline __attribute__((always_inline)) void float_chunk(const uint8_t* b, int cou
 // Rows of weights that are read side by side. One alone comes at half of what memory gives: the CPU's own prefetch follows
 // each stream to the end of its page only, and a core waits for few lines of one that it has asked for itself.
 constexpr int STREAMS = 4;
-// Bytes ahead of what is multiplied that are called for into the second cache, and then into the first.
-constexpr int FAR_AHEAD = 3072, AHEAD = 1024;
+// Bytes ahead of what is multiplied that are called for.
+constexpr int AHEAD = 2048;
 
 // sum[s][m] = a row of weights, from `b + s * apart` on, times row m of MR rows of activations.
 template <Format F, int MR, int S>
@@ -219,10 +219,7 @@ inline void row_products(const uint8_t* b, int64_t apart, const Activations& x, 
 #pragma GCC unroll 4
         for (int s = 0; s < S; s++) {
             const uint8_t* at = b + s * apart;
-            for (int i = 0; i < int(chunk_bytes<F>(CHUNK)); i += 64) {
-                _mm_prefetch((const char*)at + AHEAD + i, _MM_HINT_T0);
-                _mm_prefetch((const char*)at + FAR_AHEAD + i, _MM_HINT_T1);
-            }
+            for (int i = 0; i < int(chunk_bytes<F>(CHUNK)); i += 64) _mm_prefetch((const char*)at + AHEAD + i, _MM_HINT_T0);
             if constexpr (Traits<F>::whole)
                 whole_chunk<F, MR>(at, x.row(chunk, first), acc[s]);
             else

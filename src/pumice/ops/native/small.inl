@@ -25,7 +25,7 @@ inline V sigmoid_times(V x, float slope) {
 
 // out = gate / (1 + e^-(slope gate)) * up, or without `up` the first factor alone.
 inline void gated(const float* gate, const float* up, float slope, int64_t count, float* out, int threads) {
-    const int64_t part = 4096, parts = (count + part - 1) / part;
+    const int64_t part = 1024, parts = (count + part - 1) / part;
 #pragma omp parallel for schedule(static) num_threads(threads) if (parts > 8)
     for (int64_t p = 0; p < parts; p++) {
         const int64_t last = (p + 1) * part < count ? (p + 1) * part : count;
