@@ -32,12 +32,22 @@ template <Format F> struct RowScales {
             d = _mm_set1_ps(half(u16_at(b + 208)));
             scale = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(b + 192)));
             mins = _mm256_slli_epi16(scale, 5);
+        } else if constexpr (F == Q3_K) {
+            d = _mm_set1_ps(half(u16_at(b + 108)));
+            // The lower four bits of eight scales, those of the other eight above them, and the upper two bits of each
+            // fourth side by side.
+            const __m128i eight = _mm_loadl_epi64((const __m128i*)(b + 96)), nibble = _mm_set1_epi8(15);
+            const __m128i lower = _mm_unpacklo_epi64(_mm_and_si128(eight, nibble), _mm_and_si128(_mm_srli_epi16(eight, 4), nibble));
+            const __m128i fourths = _mm_srlv_epi32(_mm_set1_epi32(int32_t(u32_at(b + 104))), _mm_setr_epi32(0, 2, 4, 6));
+            const __m128i upper = _mm_slli_epi16(_mm_and_si128(fourths, _mm_set1_epi8(3)), 4);
+            scale = _mm256_cvtepi8_epi16(_mm_sub_epi8(_mm_or_si128(lower, upper), _mm_set1_epi8(32)));
+            mins = _mm256_slli_epi16(scale, 2);
         } else {
-            WholeScales s;
-            read_scales<F>(b, CHUNK, s);
-            d = _mm_setr_ps(s.d, s.dmin, 0, 0);
-            scale = _mm256_load_si256((const __m256i*)s.scale);
-            mins = _mm256_load_si256((const __m256i*)s.min);
+            static_assert(F == Q2_K);
+            d = _mm_cvtph_ps(_mm_cvtsi32_si128(int32_t(u32_at(b + 80))));
+            const __m256i both = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)b));
+            scale = _mm256_and_si256(both, _mm256_set1_epi16(15));
+            mins = _mm256_srli_epi16(both, 4);
         }
     }
 
