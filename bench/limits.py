@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import json
+import mmap
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 READ_BYTES = 1_500_000_000
@@ -55,6 +57,15 @@ def reader(folder: Path, threads: int) -> Callable[[Tensor], None] | None:
         loop(bytes_N.data_ptr(), bytes_N.numel() // 8, threads)
 
     return read
+
+
+def in_large_pages(size: int) -> Tensor:
+    """So many bytes of memory, as `read` finds them: in large pages where they can be had."""
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    memory = mmap.mmap(-1, size, **private)  # shared memory has small ones
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8).fill_(1)
 
 
 def _compiled(to: Path, more: Sequence[str]) -> Path | None:

@@ -84,20 +84,26 @@ def pumice(phase: str, model_path: str, eyes_path: str, picture: str) -> dict[st
 
 
 def of_reading(engine: Engine, model: Path) -> dict[str, float]:
-    """How fast a step reads weights, as a share of how fast a loop reads the same file between steps: memory that
-    others share is now faster, now slower. Medians. Nothing where no compiler is installed."""
+    """How fast a step reads weights, as a share of how fast a loop reads as much other memory, and of how fast it reads
+    the same file, each between the steps: memory that others share is now faster, now slower. Medians. Nothing where no
+    compiler is installed."""
     from pumice.checkpoints.mapped import MappedFile
 
     shape, _, mix = model.stem.partition("-")
     weights = random_models.read_bytes(random_models.SHAPES[shape], mix)
-    file_N = MappedFile(model, model.stat().st_size).bytes
     read = limits.reader(model.parent, torch.get_num_threads())
     if read is None:
         return {}
-    read(file_N)
-    pairs = [(seconds(engine.step), seconds(lambda: read(file_N))) for _ in range(DECODED_TOKENS)]
-    step_s, file_s = (statistics.median(each) for each in zip(*pairs))
-    return {"of_reading": weights / step_s * file_s / file_N.numel()}
+    file_N, other_N = MappedFile(model, size := model.stat().st_size).bytes, limits.in_large_pages(size)
+    rounds = [
+        [seconds(work) for work in (engine.step, lambda: read(other_N), lambda: read(file_N))]
+        for _ in range(DECODED_TOKENS + 1)
+    ]
+    step_s, other_s, file_s = (statistics.median(each) for each in zip(*rounds[1:]))  # the first finds pages
+    return {
+        "of_reading": weights / step_s * other_s / size,
+        "of_reading_file": weights / step_s * file_s / size,
+    }
 
 
 def ready(model_path: str, eyes_path: str) -> None:

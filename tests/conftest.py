@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which happens later
 
 # What is installed on the machine at hand is no part of a test, nor of what a test starts.
-NOWHERE = str(Path(__file__).resolve().parent / "no-such-folder")
-os.environ |= dict.fromkeys(("PUMICE_HOME", "OLLAMA_MODELS", "HF_HUB_CACHE"), NOWHERE)
+NOWHERE = tempfile.TemporaryDirectory(prefix="pumice-tests-")
+os.environ |= dict.fromkeys(("PUMICE_HOME", "OLLAMA_MODELS", "HF_HUB_CACHE"), str(Path(NOWHERE.name, "none")))
 
 # Tiny networks: a second thread costs more than it brings, and the tests run in two processes. What they start too.
 torch.set_num_threads(1)

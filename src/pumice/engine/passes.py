@@ -99,7 +99,7 @@ class Passes:
             hidden_XD = torch.cat([hidden_TD[: each.scored] for each, hidden_TD in states])
         if len(hidden_XD) == 0:
             return hidden_XD
-        return self._in_rows(lambda at_R: self._network.logits(hidden_XD[at_R]), len(hidden_XD))
+        return self._in_rows(self._network.logits, hidden_XD)
 
     def _hidden(self, stretches: Sequence[Stretch]) -> Tensor:
         """The hidden states behind the final norm that are wanted, (X, D)."""
@@ -115,22 +115,23 @@ class Passes:
         counts = torch.tensor([each.count for each in stretches], device=self._device)
         table_MP, reach_M = pages.table_RP.repeat_interleave(counts, 0), reach_B.repeat_interleave(counts)
 
-        def read(at_R: Tensor) -> Tensor:
-            pages_RP = replace(pages, table_RP=table_MP[at_R])
-            batch = Batch(positions_1M[0, at_R, None], pages=pages_RP, reach_B=reach_M[at_R])
-            return self._forward(x_1MD[0, at_R, None], batch)[:, 0]
+        def read(x_RD: Tensor, positions_R: Tensor, table_RP: Tensor, reach_R: Tensor) -> Tensor:
+            batch = Batch(positions_R[:, None], pages=replace(pages, table_RP=table_RP), reach_B=reach_R)
+            return self._forward(x_RD[:, None], batch)[:, 0]
 
-        hidden_MD = self._in_rows(read, len(places))
+        hidden_MD = self._in_rows(read, x_1MD[0], positions_1M[0], table_MP, reach_M)
         ends = counts.cumsum(0).tolist()
         wanted = [place for each, end in zip(stretches, ends) for place in range(end - each.kept, end)]
         return hidden_MD if len(wanted) == len(hidden_MD) else hidden_MD[wanted]
 
-    def _in_rows(self, values: Callable[[Tensor], Tensor], count: int) -> Tensor:
-        """The values at places 0 to count, one at least; the last few are filled up with the last, which is then
-        computed again."""
-        step = self._rows or count
-        parts = [torch.arange(at, at + step, device=self._device) for at in range(0, count, step)]
-        return torch.cat([values(part.clamp(max=count - 1)) for part in parts])[:count]
+    def _in_rows(self, values: Callable[..., Tensor], *of: Tensor) -> Tensor:
+        """The values of tensors of M rows, one at least. Where so many pass at a time, the last few are filled up with
+        the last, which is then computed again."""
+        if self._rows is None:
+            return values(*of)
+        count, step = len(of[0]), self._rows
+        parts = [torch.arange(at, at + step, device=self._device).clamp(max=count - 1) for at in range(0, count, step)]
+        return torch.cat([values(*(each[at_R] for each in of)) for at_R in parts])[:count]
 
     def _embedded(self, stretches: Sequence[Stretch]) -> Tensor:
         """What enters the network: (1, M, D)."""
@@ -145,7 +146,7 @@ class Passes:
                 features = generation.features_between(each.start, each.end)
                 parts.append(self._network.embed(torch.tensor([ids], device=self._device), features))
             parts.append(new_1TD)
-        return torch.cat(parts, dim=1)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def _table(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """The pages of each row, (rows, P); shorter ones are filled up."""

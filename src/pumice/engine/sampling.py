@@ -247,12 +247,12 @@ class _Seen:
 
 def draw_all(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[Drawn | UserError]:
     """The next token of every row, each as its sampler alone would draw it, or what `Sampler.draw` would raise for it:
-    a row that cannot draw changes nothing for the others. Of plain rows nothing but the token leaves the device; the
-    scores of the others are moved together."""
-    largest_B, best_B = logits_BV.max(-1)  # a score that is no number counts as the largest
-    best = torch.where(largest_B.isfinite(), best_B, -1).tolist()
-    drawn: list[Drawn | UserError] = [no_numbers() if token < 0 else Drawn(token) for token in best]
-    others = [row for row, sampler in enumerate(samplers) if best[row] >= 0 and not sampler.plain]
+    a row that cannot draw changes nothing for the others. Of plain rows nothing but the token and its score leaves the
+    device; the scores of the others are moved together."""
+    largest, best = (each_B.tolist() for each_B in logits_BV.max(-1))  # what is no number counts as the largest
+    fine = [*map(math.isfinite, largest)]
+    drawn: list[Drawn | UserError] = [Drawn(token) if draws else no_numbers() for token, draws in zip(best, fine)]
+    others = [row for row, sampler in enumerate(samplers) if fine[row] and not sampler.plain]
     if others:
         logits_NV = (logits_BV if len(others) == len(best) else logits_BV[others]).detach().float().cpu()
         for row, logits_V in zip(others, logits_NV):

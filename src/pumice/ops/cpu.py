@@ -314,7 +314,7 @@ class Blocks:
                 turned = [each[:, start:end].contiguous() for each in turn_BTE]
                 out_BTD = self._part(x_BTD[:, start:end], turned, places_BT[:, start:end].contiguous(), pages, asked)
                 outs.append(out_BTD[:, end - start - asked :])
-        return torch.cat(outs, dim=1)
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
     def _part(self, x_BTD: Tensor, turn_BTE: Sequence[Tensor], places_BT: Tensor, pages: Pages, kept: int) -> Tensor:
         x_BTD, table_RP = x_BTD.clone(memory_format=torch.contiguous_format), pages.table_RP.contiguous()

@@ -47,22 +47,23 @@ def rotary(
     last position, `reach_B` or the last of these, is `rotary.switch` or beyond turns by the long divisors.
     """
     like = positions_BT.device
-    exponent = torch.arange(0, head_width, 2, dtype=torch.int64, device=like).float() / head_width
-    base = rotary.theta**exponent
-    frequency = 1.0 / (_numbers(rotary.divisors, like) * base if rotary.divisors else base)
+    frequency = _frequency(rotary.theta, rotary.divisors, head_width, like)
     if rotary.switch is not None:
         last_B = positions_BT.amax(1) if reach_B is None else reach_B
         beyond_B11 = last_B[:, None, None] >= rotary.switch
-        frequency = torch.where(beyond_B11, 1.0 / (_numbers(rotary.long_divisors, like) * base), frequency)
+        long = _frequency(rotary.theta, rotary.long_divisors, head_width, like)
+        frequency = torch.where(beyond_B11, long, frequency)
     angle = positions_BT[..., None].float() * frequency
     angle = torch.cat((angle, angle), dim=-1)
     return angle.cos() * rotary.magnitude, angle.sin() * rotary.magnitude
 
 
 @functools.cache
-def _numbers(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Made once: a copy from the host cannot be part of a CUDA graph."""
-    return torch.tensor(values, device=device)
+def _frequency(theta: float, divisors: tuple[float, ...], head_width: int, device: torch.device) -> Tensor:
+    """Radians a position, (head_width / 2). Made once: a copy from the host cannot be part of a CUDA graph."""
+    exponent = torch.arange(0, head_width, 2, dtype=torch.int64, device=device).float() / head_width
+    base = theta**exponent
+    return 1.0 / (torch.tensor(divisors, device=device) * base if divisors else base)
 
 
 def rotate(x_BHTE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
