@@ -8,6 +8,7 @@ import functools
 import io
 import re
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from pumice.cli.llava_cli import STOPS, question, unescaped
 from pumice.cli.llava_flags import HONOURED, INERT, REFUSED, Given, read_flags
 from pumice.errors import UserError
 from pumice.model import load_from
+from pumice.network.llava import Llava
 from test_cli import Done, refused
 from test_equality import Pair, picture
 from test_gguf import pair
@@ -159,6 +161,20 @@ def test_printed_lines(models: Path, photo: Path, cli: Cli) -> None:
             assert re.fullmatch(form, line), line
         assert "encode_image" not in done.out
         assert "llama_print" not in done.out
+
+
+def test_the_time_of_an_image_is_that_of_the_tower(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    look = Llava.look
+
+    def slow(self: Llava, pixels_N3YX: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.2)
+        return look(self, pixels_N3YX)
+
+    monkeypatch.setattr(Llava, "look", slow)
+    star = Path(__file__).parent.parent / "docs" / "images" / "star.png"
+    done = cli("-m", "pebble", "--image", star, "-p", "What is it?", *SHORT)
+    (ms,) = re.findall(r"image encoded in\s+([\d.]+) ms", done.err)
+    assert float(ms) >= 200
 
 
 def test_without_an_image_it_is_a_question_in_words(models: Path, cli: Cli) -> None:

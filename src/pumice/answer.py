@@ -104,6 +104,11 @@ class Answering:
         if self._generation is None:
             self._generation = self._engine.submit(self.request)
 
+    @property
+    def encode_s(self) -> float:
+        """What the vision tower has taken for its images, as far as they were looked at."""
+        return 0.0 if self._generation is None else self._generation.encode_s
+
     def work(self) -> None:
         """A step of its engine, which serves all that it has."""
         self._engine.step()
@@ -199,7 +204,7 @@ class Answering:
             cached_tokens=self._generation.cached_tokens,
             image_tokens=tuple(each.grid.tokens for each in self.seen.images),
             timings=Timings(
-                self._prepare_s + self._generation.encode_s,
+                self._prepare_s + self.encode_s,
                 prefill_s,
                 decode_s,
                 sum(not step.prefill for step in self.steps),

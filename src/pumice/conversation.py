@@ -27,6 +27,11 @@ class Stream:
         return self._pieces
 
     @property
+    def encode_s(self) -> float:
+        """What the vision tower took for the images: all of it as soon as there is a piece."""
+        return self._opened.encode_s
+
+    @property
     def answer(self) -> Answer:
         for _ in self._pieces:
             pass

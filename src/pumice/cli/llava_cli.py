@@ -5,6 +5,7 @@ Sources of both: llama.cpp, examples/llava/llava-cli.cpp and llava.cpp (to April
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 import time
@@ -164,11 +165,12 @@ def _tell(model: Model, asked: Question, seen: Seen) -> Answer:
     """Print the answer as it comes, after the lines about its images."""
     from pumice.conversation import Stream
 
-    started = time.perf_counter()
     stream = Stream(model, asked, seen)
-    for line in encode_lines(seen, (time.perf_counter() - started) * 1e3):
+    pieces = iter(stream)
+    first = next(pieces, "")  # behind which the images were looked at
+    for line in encode_lines(seen, stream.encode_s * 1e3):
         _say(line)
-    for piece in stream:
+    for piece in itertools.chain((first,), pieces):
         print(piece, end="", flush=True)
     print(flush=True)
     return stream.answer
