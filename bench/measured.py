@@ -84,9 +84,9 @@ def pumice(phase: str, model_path: str, eyes_path: str, picture: str) -> dict[st
 
 
 def of_reading(engine: Engine, model: Path) -> dict[str, float]:
-    """How fast a step reads weights, as a share of how fast a loop reads as much other memory, and of how fast it reads
-    the same file, each between the steps: memory that others share is now faster, now slower. Medians. Nothing where no
-    compiler is installed."""
+    """How fast a loop reads as much other memory between the steps, in GB/s, and how fast a step reads weights, as a
+    share of that and of how fast the loop reads the same file: memory that others share is now faster, now slower.
+    Medians. Nothing where no compiler is installed."""
     from pumice.checkpoints.mapped import MappedFile
 
     shape, _, mix = model.stem.partition("-")
@@ -101,6 +101,7 @@ def of_reading(engine: Engine, model: Path) -> dict[str, float]:
     ]
     step_s, other_s, file_s = (statistics.median(each) for each in zip(*rounds[1:]))  # the first finds pages
     return {
+        "reading": size / other_s / 1e9,
         "of_reading": weights / step_s * other_s / size,
         "of_reading_file": weights / step_s * file_s / size,
     }
