@@ -316,8 +316,8 @@ LONG = "word " * 10_000
 @pytest.mark.parametrize(
     ("labels", "words"),
     [
-        ([], "0 labels"),
-        (["cat"], "1 labels"),
+        ([], "number of labels is 0;"),
+        (["cat"], "number of labels is 1;"),
         (["cat", "dog", "cat"], "'cat' came twice"),
         (["cat", "Cat"], "same answer 'Cat'"),
         ({"cat": "It is", "dog": "It is"}, "same answer"),
@@ -331,7 +331,7 @@ LONG = "word " * 10_000
         (["cat", ["dog"]], "label is"),
         ("cat", "neither a list"),
         (3, "neither a list"),
-        ([f"label {number}" for number in range(10**5)], f"100000 labels; 2 to {MAX_LABELS}"),
+        ([f"label {number}" for number in range(10**5)], f"labels is 100000; 2 to {MAX_LABELS}"),
         ([f"{number} {'x' * 100}" for number in range(9000)], "characters"),
     ],
 )  # fmt: skip
@@ -617,7 +617,7 @@ def test_calibrating_and_classifying_with_it(command: Command, labelled: Path, t
     [
         (["x.png"], "no labels"),
         (["--labels", "cat,dog"], "no image"),
-        (["x.png", "--labels", "cat"], "1 labels"),
+        (["x.png", "--labels", "cat"], "number of labels is 1;"),
         (["x.png", "--labels", "cat,,dog"], "label is ''"),
         (["x.png", "--labels", "cat,dog"], "x.png"),
         (["x.png", "--labels", "cat,dog", "--labels-file", "f"], "--labels-file"),

@@ -223,7 +223,7 @@ def _answers(labels: object) -> dict[str, tuple[str, ...]]:
     if isinstance(labels, str | bytes) or not isinstance(labels, Sequence | Mapping):
         raise UserError(f"labels is {labels!r:.100}, and neither a list nor a mapping", hint=hint)
     if not 2 <= len(labels) <= MAX_LABELS:
-        raise UserError(f"there are {len(labels)} labels; 2 to {MAX_LABELS} are possible", hint=hint)
+        raise UserError(f"the number of labels is {len(labels)}; 2 to {MAX_LABELS} are possible", hint=hint)
     found: dict[str, tuple[str, ...]] = {}
     owners: dict[str, str] = {}
     for label in labels:
